@@ -74,5 +74,3 @@ def _load_cpp() -> str:
 def _load_triton() -> str:
     """Registers the Triton kernels for CUDA devices; returns why not, or ''."""
     return 'no Triton kernels in this version'
-
-

@@ -1,7 +1,6 @@
 """Structure-aware state fusion: each state becomes a weighted sum of its neighbours on the image grid."""
 
 import torch
-import torch.nn.functional as F
 
 from .checks import check_not_empty, check_parameter, check_tensor
 from .library import accumulation_dtype, define, refuse_double_backward, register_autograd
@@ -85,7 +84,9 @@ def state_fusion_reference(h: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     return g.to(h.dtype)
 
 
-def state_fusion_backward_reference(dg: torch.Tensor, h: torch.Tensor, taps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def state_fusion_backward_reference(
+    dg: torch.Tensor, h: torch.Tensor, taps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the gradients of `state_fusion` with plain PyTorch."""
     dg = dg.to(taps.dtype)
     padded = _pad_replicate(h.to(taps.dtype))
