@@ -1,0 +1,18 @@
+"""Spatial-Mamba as a backbone for OpenMMLab: importing this package registers ``SpatialMamba``."""
+
+try:
+    from . import ops
+except ImportError as error:
+    # Not an ImportError: MMEngine turns one that is raised while it resolves a scope into a KeyError without a cause.
+    raise RuntimeError(
+        'mmspatialmamba.ops cannot be imported. The package is not installed properly: run '
+        '"pip install --no-build-isolation -e ." in the checkout (setuptools 64 or later), or install the wheel.'
+    ) from error
+
+from . import checkpoint
+from .models import SpatialMamba
+from .version import __version__
+
+checkpoint.register()
+
+__all__ = ['SpatialMamba', '__version__', 'ops']

@@ -1,0 +1,116 @@
+"""Checkpoint files: what may be read under PyTorch's ``weights_only``, the published layout, and clear errors.
+
+MMEngine 0.10 reads files by ``torch.load`` without ``weights_only``, which is true by default since PyTorch 2.6 and
+refuses the message hub that MMEngine stores beside the weights. `register` allows exactly the types of that hub, and
+never switches ``weights_only`` off.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from .checkpoint_names import BACKBONE_PREFIX
+
+
+class CheckpointError(RuntimeError):
+    """A file cannot be read as a checkpoint."""
+
+
+def register() -> None:
+    """Makes the types of MMEngine's checkpoints known to PyTorch, and this module's readers known to MMEngine.
+
+    The readers replace MMEngine's for local files and for HTTP in the whole process: they call MMEngine's own, turn
+    every failure into one `CheckpointError` that names the file, and present the published classification layout as
+    that of a classifier. Other files pass through them unchanged.
+    """
+    torch.serialization.add_safe_globals(_message_hub_globals())
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
+
+
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
+    """Reads a local checkpoint, with the errors and the layout that `register` describes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
+    """
+    if not os.path.isfile(os.path.expanduser(filename)):
+        raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
+    return _read(mmengine_checkpoint.load_from_local, filename, map_location)
+
+
+def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
+    """Downloads and reads a checkpoint, with the errors and the layout that `register` describes.
+
+    Raises:
+        CheckpointError: The address cannot be read, or its file is not a checkpoint as in `load_from_local`.
+    """
+    return _read(mmengine_checkpoint.load_from_http, filename, map_location)
+
+
+def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> dict:
+    try:
+        checkpoint = load(filename, map_location=map_location)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition('\n')[0]
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
+            f'types or code which are not allowed ({reason})'
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint written by torch.save, found a file that cannot be read, truncated or '
+            f'damaged perhaps ({type(error).__name__}: {error})'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint, which is a dict with the key state_dict or model or with tensors, '
+            f'found a {type(checkpoint).__name__}'
+        )
+    weights = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint with tensors, found none; its keys are '
+            f'{", ".join(map(str, list(checkpoint)[:10])) or "none"}'
+        )
+    if 'state_dict' not in checkpoint and weights is checkpoint.get('model'):
+        return {'state_dict': _as_classifier(weights)}
+    return checkpoint
+
+
+def _as_classifier(weights: dict) -> dict:
+    """Renames a published classification state dict to the modules of an mmpretrain ``ImageClassifier``."""
+    head = 'head.'
+    return {
+        f'head.fc.{name.removeprefix(head)}' if name.startswith(head) else BACKBONE_PREFIX + name: tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _message_hub_globals() -> list:
+    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    functions = (multiarray._reconstruct, multiarray.scalar)
+    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since numpy 2
+    dtypes = ('float32', 'float64', 'int32', 'int64')
+    return [
+        HistoryBuffer,
+        (_history_buffer_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in dtypes),
+        *((f, f'{module}.{f.__name__}') for f in functions for module in modules),
+    ]
+
+
+def _history_buffer_method(owner: object, name: str) -> Callable:
+    """Stands in for ``getattr`` while a checkpoint is read: gives HistoryBuffer's statistics and nothing else."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed in a checkpoint')
+    return getattr(HistoryBuffer, name)

@@ -1,0 +1,96 @@
+"""Layers of Spatial-Mamba around its state space model; maps are channels-last, (N, H, W, C), unless stated."""
+
+import torch
+import torch.nn as nn
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` on channels-last maps; the permutations are views, nothing is copied."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, H, W, in_channels) to (N, H', W', out_channels)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then BatchNorm, on (N, C, H, W).
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel_size: Side of the kernel; padded so that stride 1 keeps the size.
+        stride: Stride.
+        bias: Whether the convolution has a bias.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
+        return self.norm(self.conv(x))
+
+
+class Stem(nn.Module):
+    """Embeds an image at stride 4 by overlapping convolutions with one residual branch.
+
+    Args:
+        in_channels: Number of image channels.
+        channels: Number of output channels C; even.
+    """
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.reduce = ConvNorm(in_channels, half, 3, stride=2)
+        self.residual = nn.Sequential(ConvNorm(half, half, 3), nn.ReLU(inplace=True), ConvNorm(half, half, 3))
+        self.expand = ConvNorm(half, 4 * channels, 3, stride=2)
+        self.project = ConvNorm(4 * channels, channels, 1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps an image (N, in_channels, H, W) to (N, ceil(H/4), ceil(W/4), C)."""
+        x = self.act(self.reduce(x.contiguous(memory_format=torch.channels_last)))
+        x = x + self.residual(x)
+        return self.project(self.act(self.expand(x))).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """Halves the grid and doubles the channels through a wide depthwise convolution.
+
+    Args:
+        channels: Number of input channels d.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = 8 * channels
+        self.expand = nn.Conv2d(channels, hidden, 1)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, stride=2, padding=1, groups=hidden)
+        self.project = ConvNorm(hidden, 2 * channels, 1, bias=True)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
+        x = self.act(self.expand(x.permute(0, 3, 1, 2)))
+        return self.project(self.act(self.dwconv(x))).permute(0, 2, 3, 1)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between, of ratio 4.
+
+    Args:
+        channels: Number of channels d of input and output.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., d) to (..., d)."""
+        return self.fc2(self.act(self.fc1(x)))
