@@ -7,17 +7,12 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / 'mmspatialmamba' / 'version.py').read_text().split("__version__ = '")[1].split("'")[0]
 
-# The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules, and
-# pip would write over them.
-OPENMMLAB = ['mmengine==0.10.7', 'mmcv==2.1.0', 'mmdet==3.3.0', 'mmsegmentation==1.2.2', 'mmpretrain==1.2.0']
-OPENMMLAB_UNDECLARED = ['ftfy', 'regex', 'importlib_metadata', 'numpy<2.3', 'setuptools>=77,<82']
-ONEDL = [
-    'onedl-mmengine==0.10.12',
-    'onedl-mmcv==2.3.6',
-    'onedl-mmdetection==3.5.1',
-    'onedl-mmsegmentation==1.4.2',
-    'onedl-mmpretrain==1.3.6',
-]
+
+def requirements(name: str) -> list[str]:
+    """Returns the lines of ``requirements/<name>.txt`` without comments."""
+    lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
+    return [line for line in lines if line and not line.startswith('#')]
+
 
 setup(
     name='mmspatialmamba',
@@ -30,9 +25,7 @@ setup(
     packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops'],
     package_dir={'mmspatialmamba.ops': 'ops'},
     install_requires=['torch>=2.6'],
-    extras_require={
-        'openmmlab': OPENMMLAB + OPENMMLAB_UNDECLARED,
-        'onedl': ONEDL,
-        'test': ['pytest>=8', 'hypothesis', 'expecttest', 'ruff'],
-    },
+    # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
+    # and pip would write over them.
+    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'test')},
 )

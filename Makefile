@@ -1,0 +1,46 @@
+# make quickstart   environment, shapes data, training, evaluation, pictures
+# make test         unit tests
+# make test-end-to-end   tests that train and evaluate
+# make lint         ruff
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+QUICKSTART := work_dirs/quickstart
+QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
+
+.PHONY: env quickstart test test-end-to-end lint
+
+env: $(VENV)/.complete
+
+$(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -r requirements/build.txt
+	$(BIN)/pip install "$(TORCH)" "numpy<2.3"
+	MMCV_WITH_OPS=1 CFLAGS="-g0 -O2" $(BIN)/pip install --no-build-isolation \
+		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt
+	$(BIN)/pip install --no-deps openmim==0.3.9
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+quickstart: $(QUICKSTART_CHECKPOINT)
+	$(BIN)/mim test mmdet configs/quickstart_mask_rcnn.py --checkpoint $(QUICKSTART_CHECKPOINT) \
+		--work-dir $(QUICKSTART)/test --show-dir ../predictions
+	@echo "Ground truth beside predictions: $(QUICKSTART)/test/predictions"
+
+$(QUICKSTART_CHECKPOINT): | env data/shapes/complete.json
+	$(BIN)/mim train mmdet configs/quickstart_mask_rcnn.py --work-dir $(QUICKSTART) --resume
+
+data/shapes/complete.json: | env
+	$(BIN)/python tools/make_shapes_dataset.py data/shapes
+
+test: env
+	$(BIN)/pytest -m "not end_to_end"
+
+test-end-to-end: env
+	$(BIN)/pytest -m end_to_end
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
