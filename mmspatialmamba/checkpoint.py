@@ -7,6 +7,7 @@ never switches ``weights_only`` off.
 
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -80,13 +81,45 @@ def _read(load: Callable, filename: str, map_location: str | torch.device | None
             f'{filename}: expected a checkpoint with tensors, found none; its keys are '
             f'{", ".join(map(str, list(checkpoint)[:10])) or "none"}'
         )
-    if 'state_dict' not in checkpoint and weights is checkpoint.get('model'):
-        return {'state_dict': _as_classifier(weights)}
-    return checkpoint
+    if 'state_dict' not in checkpoint and any('.state_fusion.' in str(name) for name in weights):
+        weights = _as_classifier(weights)
+        checkpoint = {'state_dict': weights}
+    return _name_source(checkpoint, filename)
+
+
+class SourceMetadata(OrderedDict):
+    """The ``_metadata`` of a state dict, which tells every module that loads from it the file that it was read from.
+
+    Args:
+        metadata: The metadata that the file holds: a dict for each module's name.
+        filename: The file.
+    """
+
+    KEY = 'checkpoint_file'
+
+    def __init__(self, metadata: dict, filename: str):
+        super().__init__(metadata)
+        self.filename = filename
+
+    def get(self, module: str, default: dict | None = None) -> dict:
+        """Returns a module's metadata, the name of the file among them."""
+        return {**super().get(module, default or {}), self.KEY: self.filename}
+
+    def __reduce__(self):
+        return OrderedDict, (dict(self),)
+
+
+def _name_source(checkpoint: dict, filename: str) -> dict:
+    """Attaches the file's name to the state dict, so that a module can refuse a file that matches nothing."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    metadata = getattr(weights, '_metadata', {})
+    weights = OrderedDict(weights)
+    weights._metadata = SourceMetadata(metadata, filename)
+    return {**checkpoint, 'state_dict': weights} if 'state_dict' in checkpoint else weights
 
 
 def _as_classifier(weights: dict) -> dict:
-    """Renames a published classification state dict to the modules of an mmpretrain ``ImageClassifier``."""
+    """Renames published classification weights to the modules of an mmpretrain ``ImageClassifier``."""
     head = 'head.'
     return {
         f'head.fc.{name.removeprefix(head)}' if name.startswith(head) else BACKBONE_PREFIX + name: tensor

@@ -79,17 +79,22 @@ class LoadReport:
     unexpected: list[str]
     mismatched: list[str]
 
-    def describe(self) -> str:
-        """Returns the report as text, one kind of tensor a line."""
+    def describe(self, source: str | None) -> str:
+        """Returns the report as text, one kind of tensor a line.
+
+        Args:
+            source: The file, if the state dict was read from one.
+        """
+        subject = f'SpatialMamba: {source}' if source else 'SpatialMamba: the state dict'
         if not self.matched:
-            found = ', '.join((self.unexpected + self.mismatched)[:5]) or 'no tensor under the name of the backbone'
+            found = ', '.join((self.mismatched + self.unexpected)[:3]) or 'no tensor under the name of the backbone'
             return (
-                f'SpatialMamba: the checkpoint matches nothing: expected {self.expected} tensors such as '
+                f'{subject} matches nothing: expected {self.expected} tensors such as '
                 f'{", ".join(self.missing[:3])} or their official names, found {found}. A file of backbone or '
                 "classification weights is loaded by init_cfg=dict(type='Pretrained', checkpoint=…) of the backbone."
             )
         lines = [
-            f'SpatialMamba: {len(self.matched)} of {self.expected} tensors matched, {len(self.missing)} missing, '
+            f'{subject}: {len(self.matched)} of {self.expected} tensors matched, {len(self.missing)} missing, '
             f'{len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape.'
         ]
         for kind in ('missing', 'unexpected', 'mismatched'):

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoint import SourceMetadata
 from ..checkpoint_names import adapt_state_dict
 from ..registry import MODELS
 from .layers import MLP, ChannelsLastConv2d, Downsample, Stem
@@ -135,7 +136,8 @@ class SpatialMamba(BaseModule):
         self.channels = tuple(embed_dims * 2**i for i in range(len(depths)))
         """Number of channels of each stage's map."""
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        blocks = sum(depths)
+        rates = [drop_path_rate * k / (blocks - 1) for k in range(blocks)]
         last = max(self.out_indices)
         self.stem = Stem(in_channels, embed_dims)
         self.stages = nn.ModuleList(
@@ -253,11 +255,12 @@ class SpatialMamba(BaseModule):
     ):
         own = {prefix + name: tensor.shape for name, tensor in self.state_dict().items()}
         report = adapt_state_dict(state_dict, prefix, own, classifier=self.out_indices == (len(self.depths) - 1,))
-        # MMEngine loads files with strict=True here, whatever its caller asked for, and only logs what does not fit:
-        # a wrong file must not start a training from random weights. Plain PyTorch with strict=False keeps its meaning.
-        if strict and not report.matched:
-            raise RuntimeError(report.describe())
-        print_log(report.describe(), logger='current')
+        source = local_metadata.get(SourceMetadata.KEY)
+        # MMEngine only logs what does not fit, and a wrong file must not start a training from random weights. A state
+        # dict that is no file's may leave the backbone out.
+        if not report.matched and (source or report.unexpected or report.mismatched):
+            raise RuntimeError(report.describe(source))
+        print_log(report.describe(source), logger='current')
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -1,0 +1,96 @@
+"""Independent statements of the equations, and the inputs that several tests share."""
+
+import torch
+import torch.nn.functional as F
+from mmspatialmamba.ops import fusion_taps
+
+SEQUENCE_LENGTHS = (1, 2, 3, 15, 16, 17, 53)
+"""1, 2, 3, block - 1, block, block + 1, 3 block + 5, for a block of 16 tokens."""
+
+GRIDS = ((1, 1), (1, 2), (3, 1), (1, 17), (19, 1), (4, 5), (11, 6), (7, 13))
+"""Grids (H, W): single tokens and lines, smaller and larger than the fusion's radius, H != W."""
+
+
+def scan_loop(u, delta, A, B):
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, token by token."""
+    state = torch.zeros_like(u[:, 0])
+    states = []
+    for t in range(u.shape[1]):
+        state = torch.exp(delta[:, t] * A) * state + delta[:, t] * B[:, t] * u[:, t]
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def fusion_convolutions(h, kernels, alpha, padding='replicate'):
+    """Sum of three dilated depthwise convolutions, each times its alpha."""
+    x = h.permute(0, 3, 1, 2)
+    total = 0
+    for scale, kernel, dilation in zip(alpha, kernels, (1, 3, 5), strict=True):
+        padded = F.pad(x, [dilation] * 4, mode=padding)
+        total = total + scale * F.conv2d(padded, kernel, groups=x.shape[1], dilation=dilation)
+    return total.permute(0, 2, 3, 1)
+
+
+def ssm_loop(u, dt, B, C, dt_weight, dt_bias, A, D, kernels, alpha):
+    """The whole core from the two oracles above."""
+    delta = torch.log1p(torch.exp(dt @ dt_weight.T + dt_bias))
+    grid = u.shape[1:3]
+    h = scan_loop(u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2)).unflatten(1, grid)
+    return fusion_convolutions(h, kernels, alpha) * C + D * u
+
+
+def scan_inputs(length, channels=5, batch=2, dtype=torch.float64, seed=0):
+    """u, delta, A, B of `selective_scan`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    delta = F.softplus(normal(batch, length, channels))
+    return normal(batch, length, channels), delta, -torch.exp(normal(channels)), normal(batch, length, 1)
+
+
+def fusion_weights(channels, dtype=torch.float64, seed=0):
+    """Three kernels and alpha of the state fusion."""
+    generator = torch.Generator().manual_seed(seed)
+    kernels = [torch.randn(channels, 1, 3, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+    return kernels, torch.randn(3, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def ssm_inputs(grid, channels=5, rank=2, batch=2, dtype=torch.float64, seed=0):
+    """u, dt, B, C, dt_weight, dt_bias, A, D of `structure_aware_ssm`, then kernels and alpha of its fusion.
+
+    The maps have the given dtype; the parameters are of float32 at least, as those of a model under autocast.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape, dtype=parameter_dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    maps = (normal(batch, *grid, width, dtype=dtype) for width in (channels, rank, 1, 1))
+    inputs = (
+        *maps,
+        normal(channels, rank),
+        normal(channels),
+        -torch.exp(normal(channels)),
+        normal(channels),
+    )
+    return inputs, *fusion_weights(channels, parameter_dtype, seed + 1)
+
+
+def ssm_arguments(grid, channels=5, rank=2, batch=2, dtype=torch.float64, seed=0):
+    """The nine arguments of `structure_aware_ssm`."""
+    inputs, kernels, alpha = ssm_inputs(grid, channels, rank, batch, dtype, seed)
+    return (*inputs, fusion_taps(*kernels, alpha))
+
+
+def require_grad(*tensors):
+    """Leaf copies that require gradients."""
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest expected value."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((actual.to(expected.dtype) - expected).abs().max() / scale).item()
