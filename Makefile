@@ -5,6 +5,9 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Only mmpretrain's tests need it. It has no CPU build on PyPI, and the CUDA build beside a CPU torch would break
+# MMEngine, so it goes into a folder of its own (tests/torchvision_setup.py).
+TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 QUICKSTART := work_dirs/quickstart
@@ -21,13 +24,14 @@ $(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/csr
 	MMCV_WITH_OPS=1 CFLAGS="-g0 -O2" $(BIN)/pip install --no-build-isolation \
 		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt
 	$(BIN)/pip install --no-deps openmim==0.3.9
+	$(BIN)/pip install --no-deps --target $(VENV)/torchvision $(TORCHVISION)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
 quickstart: $(QUICKSTART_CHECKPOINT)
 	$(BIN)/mim test mmdet configs/quickstart_mask_rcnn.py --checkpoint $(QUICKSTART_CHECKPOINT) \
-		--work-dir $(QUICKSTART)/test --show-dir ../predictions
-	@echo "Ground truth beside predictions: $(QUICKSTART)/test/predictions"
+		--work-dir $(QUICKSTART)/test --show-dir ../../predictions
+	@echo "Ground truth beside predictions: $(QUICKSTART)/predictions"
 
 $(QUICKSTART_CHECKPOINT): | env data/shapes/complete.json
 	$(BIN)/mim train mmdet configs/quickstart_mask_rcnn.py --work-dir $(QUICKSTART) --resume

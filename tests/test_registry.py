@@ -1,0 +1,122 @@
+"""How configs of each toolbox find the backbone, and what importing the plugin needs."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import mmspatialmamba
+
+OPS = str(Path(mmspatialmamba.ops.__file__).parent)
+TOOLBOXES = ('mmdet', 'mmseg', 'mmpretrain')
+TORCHVISION = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import torchvision_setup
+"""
+SMALL = 'arch=dict(embed_dims=8, depths=(1, 1, 1, 1))'
+
+
+def run(code):
+    """Runs code in a fresh interpreter and returns what it printed last."""
+    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def hide(*modules):
+    """Code that makes the modules impossible to import."""
+    return f'import sys; sys.modules.update(dict.fromkeys({modules!r}))\n'
+
+
+@pytest.mark.parametrize('toolbox', TOOLBOXES)
+def test_plain_name_with_custom_imports(toolbox):
+    code = (
+        hide(*(other for other in TOOLBOXES if other != toolbox))
+        + TORCHVISION
+        + f"""
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+Config(dict(custom_imports=dict(imports=['mmspatialmamba'], allow_failed_imports=False)))
+import mmspatialmamba
+init_default_scope({toolbox!r})
+from {toolbox}.registry import MODELS
+print(type(MODELS.build(dict(type='SpatialMamba', {SMALL}))).__name__)
+"""
+    )
+    assert run(code) == 'SpatialMamba'
+
+
+@pytest.mark.parametrize('toolbox', TOOLBOXES)
+def test_scoped_name_without_custom_imports(toolbox):
+    code = (
+        TORCHVISION
+        + f"""
+import sys
+from mmengine.registry import init_default_scope
+init_default_scope({toolbox!r})
+from {toolbox}.registry import MODELS
+assert 'mmspatialmamba' not in sys.modules
+print(type(MODELS.build(dict(type='mmspatialmamba.SpatialMamba', {SMALL}))).__name__)
+"""
+    )
+    assert run(code) == 'SpatialMamba'
+
+
+def test_import_needs_no_toolbox_and_no_triton():
+    code = (
+        hide(*TOOLBOXES, 'triton', 'torchvision')
+        + """
+import mmspatialmamba
+imported = [name for name in ('mmdet', 'mmseg', 'mmpretrain') if sys.modules.get(name)]
+print(imported, mmspatialmamba.ops.backends()['cuda'].implementation)
+"""
+    )
+    assert run(code) == '[] reference'
+
+
+def test_ops_need_nothing_but_pytorch():
+    code = (
+        hide('mmengine', 'mmcv', *TOOLBOXES)
+        + f"""
+import importlib.util
+from pathlib import Path
+folder = Path({OPS!r})
+sys.modules['mmspatialmamba'] = type(sys)('mmspatialmamba')
+spec = importlib.util.spec_from_file_location(
+    'mmspatialmamba.ops', folder / '__init__.py', submodule_search_locations=[str(folder)])
+ops = importlib.util.module_from_spec(spec)
+sys.modules['mmspatialmamba.ops'] = ops
+spec.loader.exec_module(ops)
+import torch
+print(tuple(ops.selective_scan(*(torch.ones(1, 2, 3),) * 2, -torch.ones(3), torch.ones(1, 2, 1)).shape))
+"""
+    )
+    assert run(code) == '(1, 2, 3)'
+
+
+def test_missing_ops_say_how_to_install():
+    code = (
+        hide('mmspatialmamba.ops')
+        + """
+try:
+    import mmspatialmamba
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert 'not installed properly: run "pip install --no-build-isolation -e ."' in run(code)
+
+
+def test_a_required_backend_that_is_missing_raises():
+    code = """
+import os
+os.environ['MMSPATIALMAMBA_REQUIRE'] = 'cuda'
+try:
+    import mmspatialmamba
+except RuntimeError as error:
+    print(error)
+"""
+    assert run(code) == "MMSPATIALMAMBA_REQUIRE: expected names among cpp, triton, got 'cuda'"
