@@ -70,7 +70,7 @@ def test_wheel_works_without_the_checkout(distributions, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         'import mmspatialmamba, torch; '
-        'model = mmspatialmamba.SpatialMamba(dict(embed_dims=8, depths=(1, 1, 1, 1))); '
+        'model = mmspatialmamba.SpatialMamba(dict(embed_dims=8, depths=(1, 1, 1, 1))).eval(); '
         'print(mmspatialmamba.__file__, len(model(torch.zeros(1, 3, 32, 32))))'
     )
     result = subprocess.run(
