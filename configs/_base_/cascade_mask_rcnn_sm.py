@@ -1,0 +1,14 @@
+# Cascade Mask R-CNN with Spatial-Mamba-T.
+_base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='SpatialMamba',
+        arch='tiny',
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.2,
+        pretrained=None,
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

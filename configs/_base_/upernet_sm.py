@@ -1,0 +1,17 @@
+# UPerNet with Spatial-Mamba-T for ADE20K's 150 classes. mmseg's file is named by path, see ade20k_160k.py.
+_base_ = __import__('mmseg').__path__[0] + '/.mim/configs/_base_/models/upernet_swin.py'
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(
+        _delete_=True,
+        type='SpatialMamba',
+        arch='tiny',
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.2,
+        # The published runs start from ImageNet-1K weights: --cfg-options model.backbone.pretrained=checkpoints/FILE
+        pretrained=None,
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512], num_classes=150),
+    auxiliary_head=dict(in_channels=256, num_classes=150),
+)

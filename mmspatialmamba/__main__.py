@@ -1,0 +1,68 @@
+"""The environment doctor: ``python -m mmspatialmamba`` prints what is installed, what serves the ops, and advice."""
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import ops
+from .version import __version__
+
+TOOLBOXES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mim')
+OTHERS = ('torchvision', 'triton', 'numpy')
+
+
+def main() -> int:
+    """Prints the report; returns 1 if there is advice that concerns a broken installation, else 0."""
+    print(f'mmspatialmamba {__version__}, Python {platform.python_version()}, {platform.platform()}')
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}')
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            print(f'GPU {index}: {torch.cuda.get_device_name(index)}')
+    else:
+        print('GPU: none')
+    advice = [line for name in TOOLBOXES + OTHERS if (line := report_module(name))]
+    broken = bool(advice)
+    for backend in ops.backends().values():
+        print(f'ops on {backend.device}: {backend.implementation}')
+        if backend.reason and (backend.device == 'cpu' or torch.cuda.is_available()):
+            advice.append(f'ops on {backend.device} are slow: {backend.reason}')
+    for line in advice:
+        print(f'advice: {line}')
+    return int(broken)
+
+
+def report_module(name: str) -> str:
+    """Prints which distribution provides a module; returns a line of advice if the module is unusable, or ''."""
+    providers = importlib.metadata.packages_distributions().get(name, [])
+    if not providers:
+        print(f'{name}: not installed')
+        return ''
+    versions = ', '.join(f'{provider} {importlib.metadata.version(provider)}' for provider in sorted(set(providers)))
+    if name == 'mim':
+        print(f'{name}: {versions}')
+        return ''
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f'{name}: {versions}, cannot be imported')
+        return f'{name} cannot be imported ({type(error).__name__}: {error}); install versions that fit each other'
+    if len(set(providers)) > 1:
+        print(f'{name}: {versions}')
+        return f'{name} comes from several distributions, which write over each other; keep one of {versions}'
+    if name != 'mmcv':
+        print(f'{name}: {versions}')
+        return ''
+    try:
+        importlib.import_module('mmcv.ops')
+    except ImportError as error:
+        print(f'{name}: {versions}, without its ops')
+        return f'mmcv has no ops ({error}); detectors need them: reinstall mmcv with MMCV_WITH_OPS=1 and a C++ compiler'
+    print(f'{name}: {versions}, with its ops')
+    return ''
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""MESA: the loss against the averaged model's softmax, and the hook that provides that model."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision_setup  # noqa: F401, before mmpretrain
+from mmengine.hooks import EMAHook
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+
+import mmspatialmamba  # noqa: F401
+from mmspatialmamba.mesa import MESAHook, MESAImageClassifier
+
+
+def classifier(**arguments):
+    torch.manual_seed(0)
+    config = {
+        'type': 'MESAImageClassifier',
+        'mesa_weight': 1.5,
+        'backbone': {
+            'type': 'SpatialMamba',
+            'arch': {'embed_dims': 8, 'depths': (1, 1, 1, 1)},
+            'out_indices': (3,),
+            'drop_path_rate': 0.0,
+        },
+        'neck': {'type': 'GlobalAveragePooling'},
+        'head': {
+            'type': 'LinearClsHead',
+            'num_classes': 5,
+            'in_channels': 64,
+            'loss': {'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1, 'mode': 'original'},
+        },
+        **arguments,
+    }
+    return MODELS.build(config)
+
+
+def batch():
+    inputs = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return inputs, [DataSample().set_gt_label(label) for label in (1, 3)]
+
+
+def test_loss_is_that_of_the_classifier_until_there_is_a_teacher():
+    assert set(classifier().loss(*batch())) == {'loss'}
+
+
+def test_loss_against_a_teacher():
+    model = classifier().train()
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        teacher.head.fc.weight.add_(0.1 * torch.randn_like(teacher.head.fc.weight))
+    names = list(model.state_dict())
+    model.set_teacher(teacher)
+    inputs, samples = batch()
+    losses = model.loss(inputs, samples)
+    target = teacher.eval()(inputs).softmax(-1)
+    expected = 1.5 * -(target * F.log_softmax(model(inputs), -1)).sum(-1).mean()
+    assert losses['loss_mesa'].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses['loss_mesa'].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert model.backbone.stem.reduce.conv.weight.grad.abs().sum() > 0
+    assert list(model.state_dict()) == names
+
+
+def runner(epoch, model=None, hooks=None):
+    if hooks is None:
+        hook = EMAHook()
+        hook.ema_model = SimpleNamespace(module=classifier())
+        hooks = [hook]
+    return SimpleNamespace(epoch=epoch, model=model or classifier(), hooks=hooks)
+
+
+@pytest.mark.parametrize(('epoch', 'has_teacher'), [(0, False), (74, False), (75, True), (200, True)])
+def test_hook_begins_at_its_epoch(epoch, has_teacher):
+    run = runner(epoch)
+    MESAHook(begin_epoch=75).before_train_epoch(run)
+    assert ('loss_mesa' in run.model.loss(*batch())) == has_teacher
+
+
+def test_bad_use():
+    with pytest.raises(ValueError, match='expected one EMAHook in custom_hooks, found 0'):
+        MESAHook(begin_epoch=0).before_train_epoch(runner(0, hooks=[]))
+    with pytest.raises(TypeError, match='the model must be a MESAImageClassifier, got Linear'):
+        MESAHook(begin_epoch=0).before_train_epoch(runner(0, model=torch.nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match='mesa_weight must be at least 0, got -1'):
+        classifier(mesa_weight=-1)
+    assert MESAImageClassifier.__name__ in MODELS
