@@ -1,5 +1,7 @@
 """Packaging of mmspatialmamba; the folder ``ops`` is the source of the package ``mmspatialmamba.ops``."""
 
+import os
+import platform
 from pathlib import Path
 
 from setuptools import setup
@@ -14,6 +16,61 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
+if BUILD_OPS not in ('auto', '0', '1'):
+    raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
+
+# One library for each width of vector registers; ops/backends.py loads the widest that the CPU has.
+VECTOR_FLAGS = {'default': []}
+if platform.machine() in ('x86_64', 'AMD64'):
+    VECTOR_FLAGS['avx2'] = ['-mavx2', '-mfma', '-mf16c']
+    VECTOR_FLAGS['avx512'] = ['-mavx512f', '-mavx512dq', '-mavx512bw', '-mavx512vl', '-mfma', '-mf16c']
+
+
+def build_ops() -> dict:
+    """Returns setup()'s arguments that build the C++ kernels, or none where they are not to be built or cannot be."""
+    if BUILD_OPS == '0':
+        return skipped('MMSPATIALMAMBA_BUILD_OPS=0')
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        return skipped(f'{error} (pip needs --no-build-isolation to see the installed PyTorch)', error)
+
+    class BuildOps(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                skipped(f'they do not compile: {error}', error)
+                self.extensions.clear()
+
+        def build_extension(self, ext):
+            # The variants compile the same sources: without folders of their own each would overwrite the last.
+            shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+            super().build_extension(ext)
+            self.build_temp = shared
+
+    def extension(variant: str) -> CppExtension:
+        capability = variant.upper()
+        macros = [f'-DCPU_CAPABILITY={capability}', f'-DCPU_CAPABILITY_{capability}']
+        return CppExtension(
+            f'mmspatialmamba.ops._cpu_{variant}',
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'ops' / 'csrc').glob('*.cpp')),
+            extra_compile_args=['-O3', '-g0', '-fopenmp', *macros, *VECTOR_FLAGS[variant]],
+            extra_link_args=['-fopenmp'],
+        )
+
+    return {'ext_modules': [extension(variant) for variant in VECTOR_FLAGS], 'cmdclass': {'build_ext': BuildOps}}
+
+
+def skipped(reason: str, error: Exception | None = None) -> dict:
+    """Says that the C++ kernels are left out; raises instead if they were asked for."""
+    if BUILD_OPS == '1':
+        raise RuntimeError(f'MMSPATIALMAMBA_BUILD_OPS=1, but the C++ kernels cannot be built: {reason}') from error
+    print(f'mmspatialmamba: C++ kernels skipped, the ops run in plain PyTorch on CPUs, 5 to 20 times slower: {reason}')
+    return {}
+
+
 setup(
     name='mmspatialmamba',
     version=VERSION,
@@ -24,8 +81,13 @@ setup(
     python_requires='>=3.10',
     packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops'],
     package_dir={'mmspatialmamba.ops': 'ops'},
+    # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
+    package_data={
+        'mmspatialmamba': ['.mim/model-index.yml', '.mim/configs/*', '.mim/configs/_base_/*', '.mim/tools/*.py']
+    },
     install_requires=['torch>=2.6'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'test')},
+    **build_ops(),
 )

@@ -73,4 +73,14 @@ def _load_cpp() -> str:
 
 def _load_triton() -> str:
     """Registers the Triton kernels for CUDA devices; returns why not, or ''."""
-    return 'no Triton kernels in this version'
+    try:
+        import triton
+    except ImportError as error:
+        return f'Triton cannot be imported: {error}'
+    # Older versions are untested, and the first ones lack tuples of tensors and compile-time functions.
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 6):
+        return f'needs Triton 3.6 or later, found {triton.__version__}'
+    from . import triton_ssm
+
+    triton_ssm.register()
+    return ''
