@@ -4,8 +4,8 @@ Example:
     mim test mmdet configs/mask_rcnn_sm_t.py --checkpoint FILE --work-dir work_dirs/test
     python tools/check_results.py configs/mask_rcnn_sm_t.py work_dirs/test/20261121_120000/20261121_120000.json
 
-Exits with 0 if every published metric is reached within the tolerance, with 1 if one is not, with 2 on bad input. Metrics
-that were not published (AP by size, say) are printed without a verdict.
+Exits with 0 if every published metric is reached within the tolerance, with 1 if one is not, with 2 on bad input.
+Metrics that were not published (AP by size, say) are printed without a verdict.
 """
 
 import argparse

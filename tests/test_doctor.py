@@ -1,0 +1,22 @@
+"""The environment doctor prints versions, providers and backends."""
+
+import subprocess
+import sys
+
+
+def test_doctor_reports_the_environment():
+    result = subprocess.run([sys.executable, '-m', 'mmspatialmamba'], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for line in ('mmengine: mmengine ', 'mmcv: mmcv 2.1.0, with its ops', 'mmseg: mmsegmentation ', 'ops on cpu: '):
+        assert line in result.stdout
+
+
+def test_a_module_that_cannot_be_imported_is_named(tmp_path):
+    (tmp_path / 'mmdet').mkdir()
+    (tmp_path / 'mmdet' / '__init__.py').write_text('raise AssertionError("MMCV==9 is used but incompatible")')
+    code = (
+        f'import sys; sys.path.insert(0, {str(tmp_path)!r}); from mmspatialmamba.__main__ import main; sys.exit(main())'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'advice: mmdet cannot be imported (AssertionError: MMCV==9 is used but incompatible)' in result.stdout
