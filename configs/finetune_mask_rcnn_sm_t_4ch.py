@@ -1,5 +1,5 @@
 # finetune_mask_rcnn_sm_t.py for images of four channels (red, green, blue and near infrared, say) in PNG or TIFF files.
-# Published weights get a stem of four channels by tools/convert_checkpoint.py.
+# Published weights get a stem for it by tools/convert_checkpoint.py SOURCE TARGET --in-channels 4 --bgr.
 _base_ = './finetune_mask_rcnn_sm_t.py'
 
 image_loader = dict(type='LoadImageFromFile', color_type='unchanged')

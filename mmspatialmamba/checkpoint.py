@@ -2,7 +2,8 @@
 
 MMEngine 0.10 reads files by ``torch.load`` without ``weights_only``, which is true by default since PyTorch 2.6 and
 refuses the message hub that MMEngine stores beside the weights. `register` allows exactly the types of that hub, and
-never switches ``weights_only`` off.
+never switches ``weights_only`` off. Nor do the readers, to which the yacs config in the original project's files is a
+plain dict.
 """
 
 import os
@@ -42,6 +43,16 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
     """
+    return _present(read_local(filename, map_location), filename)
+
+
+def read_local(filename: str, map_location: str | torch.device | None = None) -> dict:
+    """Reads a local checkpoint as `load_from_local` does, but leaves its keys and names as they are.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
+    """
     if not os.path.isfile(os.path.expanduser(filename)):
         raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
     return _read(mmengine_checkpoint.load_from_local, filename, map_location)
@@ -53,12 +64,13 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     Raises:
         CheckpointError: The address cannot be read, or its file is not a checkpoint as in `load_from_local`.
     """
-    return _read(mmengine_checkpoint.load_from_http, filename, map_location)
+    return _present(_read(mmengine_checkpoint.load_from_http, filename, map_location), filename)
 
 
 def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> dict:
     try:
-        checkpoint = load(filename, map_location=map_location)
+        with torch.serialization.safe_globals([(_CfgNode, 'yacs.config.CfgNode')]):
+            checkpoint = load(filename, map_location=map_location)
     except pickle.UnpicklingError as error:
         reason = str(error).partition('\n')[0]
         raise CheckpointError(
@@ -75,12 +87,23 @@ def _read(load: Callable, filename: str, map_location: str | torch.device | None
             f'{filename}: expected a checkpoint, which is a dict with the key state_dict or model or with tensors, '
             f'found a {type(checkpoint).__name__}'
         )
-    weights = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+    weights = get_weights(checkpoint)
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(
             f'{filename}: expected a checkpoint with tensors, found none; its keys are '
             f'{", ".join(map(str, list(checkpoint)[:10])) or "none"}'
         )
+    return checkpoint
+
+
+def get_weights(checkpoint: dict) -> dict:
+    """Returns what a checkpoint holds under ``state_dict``, else under ``model``, else the checkpoint itself."""
+    return checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+
+
+def _present(checkpoint: dict, filename: str) -> dict:
+    """Gives a checkpoint the layout that `register` describes, and the file's name."""
+    weights = get_weights(checkpoint)
     if 'state_dict' not in checkpoint and any('.state_fusion.' in str(name) for name in weights):
         weights = _as_classifier(weights)
         checkpoint = {'state_dict': weights}
@@ -125,6 +148,17 @@ def _as_classifier(weights: dict) -> dict:
         f'head.fc.{name.removeprefix(head)}' if name.startswith(head) else BACKBONE_PREFIX + name: tensor
         for name, tensor in weights.items()
     }
+
+
+class _CfgNode:
+    """Stands in for ``yacs.config.CfgNode`` while a checkpoint is read: makes dicts.
+
+    The unpickler of ``weights_only`` fills no other type: it refuses the real class even where yacs is installed and
+    allowed.
+    """
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
 
 
 def _message_hub_globals() -> list:

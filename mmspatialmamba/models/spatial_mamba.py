@@ -250,6 +250,31 @@ class SpatialMamba(BaseModule):
                 x = stage.downsample(x)
         return tuple(maps[index] for index in self.out_indices)
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Returns the depth of a parameter, for layer-wise learning-rate decay; mmpretrain calls it too.
+
+        The stem is layer 0 and each block a layer; a downsample belongs to the block before it. Output norms and what
+        does not belong to the backbone, such as a head, are the last layer.
+
+        Args:
+            param_name: Name of the parameter in the model.
+            prefix: What the names of the backbone's parameters begin with in the model, 'backbone.' for instance.
+
+        Returns:
+            The layer, and the number of layers: two more than the backbone has blocks.
+        """
+        layers = sum(len(stage.blocks) for stage in self.stages) + 2
+        if not param_name.startswith(prefix):
+            return layers - 1, layers
+        part, *inner = param_name.removeprefix(prefix).split('.')
+        if part == 'stem':
+            return 0, layers
+        if part != 'stages':
+            return layers - 1, layers
+        stage = int(inner[0])
+        block = int(inner[2]) if inner[1] == 'blocks' else self.depths[stage] - 1
+        return sum(self.depths[:stage]) + block + 1, layers
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
