@@ -60,26 +60,25 @@ def _locate(H, W, E, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.c
 
 
 @triton.jit
-def _load(ptr, n, y, x, e, inside, H, W, E):
-    """Loads columns x of row y of a contiguous (N, H, W, E) tensor as float32, 0 if not inside."""
-    token = (n * H + y) * W + x
-    return tl.load(ptr + token[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0).to(
-        tl.float32
-    )
+def _load(ptr, start, x, e, inside, E):
+    """Loads tokens start + x of a contiguous (..., E) tensor as float32, 0 if not inside.
+
+    The offset of x is a vector that does not depend on the row: the compiler computes it once for many rows.
+    """
+    columns = x.to(tl.int64)[:, None] * E + e[None, :]
+    return tl.load(ptr + start * E + columns, mask=inside[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(ptr, value, n, y, x, e, H, W, E):
-    """Stores columns x of row y of a contiguous (N, H, W, E) tensor, where they are inside."""
-    token = (n * H + y) * W + x
-    mask = ((x < W) & (y < H))[:, None] & (e < E)[None, :]
-    tl.store(ptr + token[:, None] * E + e[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+def _store(ptr, value, start, x, e, inside, E):
+    """Stores tokens start + x of a contiguous (..., E) tensor, where they are inside."""
+    columns = x.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(ptr + start * E + columns, value.to(ptr.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
 
 @triton.jit
-def _load_tokens(ptr, n, y, x, inside, W, stride_n, stride_t):
-    """Loads one value for each column x of row y, as a column vector in float32, 0 if not inside."""
-    token = y.to(tl.int64) * W + x
+def _load_tokens(ptr, n, token, inside, stride_n, stride_t):
+    """Loads one value for each token (64-bit) of an image, as a column vector in float32, 0 if not inside."""
     return tl.load(ptr + n * stride_n + token * stride_t, mask=inside, other=0.0).to(tl.float32)[:, None]
 
 
@@ -87,9 +86,9 @@ def _load_tokens(ptr, n, y, x, inside, W, stride_n, stride_t):
 def _load_gradient(dy_ptr, C_ptr, n, y, x, e, H, W, E, stride_Cn, stride_Ct, OBSERVED: tl.constexpr):
     """Loads the gradient of the fused states: dy, times C if the states were observed; 0 outside the grid."""
     inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-    dg = _load(dy_ptr, n, y, x, e, inside, H, W, E)
+    dg = _load(dy_ptr, (n * H + y) * W, x, e, inside, E)
     if OBSERVED:
-        dg *= _load_tokens(C_ptr, n, y, x, inside, W, stride_Cn, stride_Ct)
+        dg *= _load_tokens(C_ptr, n, y.to(tl.int64) * W + x, inside, stride_Cn, stride_Ct)
     return dg
 
 
@@ -98,7 +97,7 @@ def _load_clamped(h_ptr, n, y, x, e, H, W, E):
     """Loads states as float32, from the border where an index is outside the grid."""
     y = tl.minimum(tl.maximum(y, 0), H - 1)
     x = tl.minimum(tl.maximum(x, 0), W - 1)
-    return _load(h_ptr, n, y, x, e, x >= 0, H, W, E)
+    return _load(h_ptr, (n * H + y) * W, x, e, x >= 0, E)
 
 
 @triton.jit
@@ -146,13 +145,14 @@ def fusion_kernel(
                 g = _add_taps(g, h, taps_ptr, e, E, row, right, 1)
     for i in tl.static_range(BLOCK_H):
         y = y0 + i
+        inside = (x < W) & (y < H)
         result = g[i]
         if OBSERVED:
-            inside = (x < W) & (y < H)
             D = tl.load(D_ptr + e, mask=e < E, other=0.0)[None, :]
-            u = _load(u_ptr, n, y, x, e, inside, H, W, E)
-            result = result * _load_tokens(C_ptr, n, y, x, inside, W, stride_Cn, stride_Ct) + D * u
-        _store(g_ptr, result, n, y, x, e, H, W, E)
+            u = _load(u_ptr, (n * H + y) * W, x, e, inside, E)
+            C = _load_tokens(C_ptr, n, y.to(tl.int64) * W + x, inside, stride_Cn, stride_Ct)
+            result = result * C + D * u
+        _store(g_ptr, result, (n * H + y) * W, x, e, inside, E)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def taps_gradient_kernel(
     if OBSERVED:
         for i in tl.static_range(BLOCK_H):
             inside = (x < W) & (y0 + i < H)
-            dC = tl.sum(g[i] * _load(dy_ptr, n, y0 + i, x, e, inside, H, W, E), 1)
+            dC = tl.sum(g[i] * _load(dy_ptr, (n * H + y0 + i) * W, x, e, inside, E), 1)
             row_ptr = dC_ptr + ((block.to(tl.int64) * N + n) * H + y0 + i) * W
             tl.store(row_ptr + x, dC, mask=inside)
 
@@ -215,7 +215,7 @@ def adjoint_kernel(
                 dg = _load_gradient(dy_ptr, C_ptr, n, y0 + row, x - right, e, H, W, E, stride_Cn, stride_Ct, OBSERVED)
                 dh = _add_taps(dh, dg, taps_ptr, e, E, row, right, -1)
     for i in tl.static_range(BLOCK_H):
-        _store(dh_ptr, dh[i], n, y0 + i, x, e, H, W, E)
+        _store(dh_ptr, dh[i], (n * H + y0 + i) * W, x, e, (x < W) & (y0 + i < H), E)
 
 
 @triton.jit
@@ -259,11 +259,12 @@ def adjoint_border_kernel(
                 for i in range(rows):
                     for j in range(columns):
                         inside = (first_y + i <= last_y) & (first_x + j <= last_x)
-                        dg = _load(dy_ptr, n, first_y + i, first_x + j, e, inside, H, W, E)
+                        token = (first_y + i).to(tl.int64) * W + first_x + j
+                        dg = _load(dy_ptr, n * H * W, token, e, inside, E)
                         if OBSERVED:
-                            dg *= _load_tokens(C_ptr, n, first_y + i, first_x + j, inside, W, stride_Cn, stride_Ct)
+                            dg *= _load_tokens(C_ptr, n, token, inside, stride_Cn, stride_Ct)
                         dh += tap * dg
-    _store(dh_ptr, dh, n, y, x, e, H, W, E)
+    _store(dh_ptr, dh, n * H * W, y.to(tl.int64) * W + x, e, x >= 0, E)
 
 
 def _launch(shape: torch.Size) -> tuple[tuple[int], dict[str, int]]:

@@ -1,0 +1,139 @@
+"""Compiles every launch configuration of the Triton kernels for one compute capability and prints a JSON row for each.
+
+Started by `test_ops_triton.py` with 80 or 90; needs no GPU. The launchers run on tensors without data, their kernels
+replaced by recorders: what is compiled is what they would launch. A row has kernel, dtype, rank, warps, registers,
+spilled bytes, shared memory and the grid.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from mmspatialmamba.ops import triton_fusion, triton_scan
+from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KERNELS = {
+    triton_scan: ('carry_kernel', 'combine_kernel', 'scan_kernel', 'scan_backward_kernel'),
+    triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
+}
+POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+SIZES = ('tiles', 'L', 'H', 'W', 'E')
+CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+
+
+class Recorder:
+    """Stands for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, grid, args, kwargs))
+
+
+def recorded_launches():
+    """Returns the launches of all ops at shapes of the variants' stages, each configuration once."""
+    launches = []
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Recorder(getattr(module, name), launches))
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device='meta')
+
+    for dtype, N, (H, W), E, R in (
+        (torch.float32, 1, (200, 320), 128, 4),
+        (torch.bfloat16, 1, (200, 320), 128, 4),
+        (torch.float16, 1, (200, 320), 128, 4),
+        (torch.bfloat16, 1, (50, 80), 512, 16),  # chunks of one tile: their loop disappears
+        (torch.bfloat16, 32, (14, 14), 1024, 32),  # few columns
+        (torch.bfloat16, 4, (32, 40), 1536, 48),
+        (torch.float32, 4, (32, 40), 1536, 48),
+        (torch.float32, 1, (1, 1), 1, 1),
+    ):
+        maps = (empty(N, H, W, width, dtype=dtype) for width in (E, R, 1, 1))
+        arguments = (*maps, empty(E, R), empty(E), empty(E), empty(E), empty(25, E))
+        IMPLEMENTATIONS['structure_aware_ssm'][0](*arguments)
+        IMPLEMENTATIONS['structure_aware_ssm_backward'][0](arguments[0], *arguments)
+    for dtype in POINTERS:
+        u, B = empty(1, 64000, 128, dtype=dtype), empty(1, 64000, 1, dtype=dtype)
+        IMPLEMENTATIONS['selective_scan'][0](u, u, empty(128), B)
+        IMPLEMENTATIONS['selective_scan_backward'][0](u, u, u, empty(128), B)
+    h = empty(1, 200, 320, 128)
+    IMPLEMENTATIONS['state_fusion'][0](h, empty(25, 128))
+    IMPLEMENTATIONS['state_fusion_backward'][0](h, h, empty(25, 128))
+    return launches
+
+
+def specialize(kernel, args, kwargs):
+    """Returns signature, constants, attributes and options of a launch as the just-in-time compiler chooses them."""
+    signature, constants, attributes = {}, {}, {}
+    options = {key: kwargs[key] for key in kwargs if key not in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif kernel.params[i].is_constexpr or value == 1:
+            signature[name] = 'constexpr'
+            constants[name] = value
+            continue
+        else:
+            signature[name] = 'i32' if value < 2**31 else 'i64'
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    return signature, constants, attributes, options
+
+
+def resources(cubin):
+    """Returns registers a thread and bytes spilled, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, '--dump-resource-usage', file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf'{key}:(\d+)', text)[1]) for key in ('REG', 'STACK', 'LOCAL'))
+    return registers, stack + local
+
+
+def main(capability):
+    seen = set()
+    for kernel, grid, args, kwargs in recorded_launches():
+        signature, constants, attributes, options = specialize(kernel, args, kwargs)
+        # A size of 1 is a constant too: it removes a loop, or meets rules of the language that no number meets.
+        launched = {name: value for name, value in constants.items() if name in kwargs or name in SIZES}
+        pointers = tuple(value for value in signature.values() if value.startswith('*'))
+        key = (kernel.fn.__name__, pointers, *launched.items())
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget('cuda', capability, 32),
+            options=options,
+        )
+        registers, spilled = resources(compiled.asm['cubin'])
+        dtypes = {pointer.removeprefix('*') for pointer in pointers}
+        row = {
+            'kernel': kernel.fn.__name__,
+            'dtype': next(iter(dtypes - {'fp32'}), 'fp32'),
+            'constants': launched,
+            'warps': options['num_warps'],
+            'registers': registers,
+            'spilled': spilled,
+            'shared': compiled.metadata.shared,
+            'grid': grid[0],
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == '__main__':
+    main(int(sys.argv[1]))

@@ -1,0 +1,312 @@
+"""Runs the Triton kernels in Triton's interpreter, on CPU tensors, and prints what came out as JSON.
+
+Started by `test_ops_triton.py` as a process of its own, with the name of a group of cases, as ``TRITON_INTERPRET=1``
+has to be set before Triton is imported. Prints ``errors``, the largest relative error of each output of an op in a
+dtype over all shapes, against the reference in float64; and ``checks``, what else was asked and whether it held.
+"""
+
+import collections
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from mmspatialmamba.ops import triton_fusion, triton_scan
+from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+from oracles import SEQUENCE_LENGTHS, relative_error, scan_inputs, ssm_arguments
+from triton.runtime import interpreter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = {
+    'selective_scan': ('h',),
+    'selective_scan_backward': ('du', 'ddelta', 'dA', 'dB'),
+    'state_fusion': ('g',),
+    'state_fusion_backward': ('dh', 'dtaps'),
+    'structure_aware_ssm': ('y',),
+    'structure_aware_ssm_backward': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD', 'dtaps'),
+}
+errors: dict[str, dict[str, float]] = {}
+checks: dict[str, bool] = {}
+
+
+def quicken_interpreter():
+    """Makes the interpreter faster without changing what it computes.
+
+    Its scan calls Python for each element, where one call for each row of the axis does the same arithmetic; a device
+    function of ours remaps the language again, which the kernel that calls it has done; and it looks for overflows of
+    integers, which has a case of its own here.
+    """
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+
+    def scan_rows(self, inputs):
+        rows = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in inputs]
+        outputs = [row.copy() for row in rows]
+        dtypes = [tensor.dtype for tensor in inputs]
+        for i in range(1, len(rows[0])):
+            operands = [self.to_tensor(x, d) for x, d in zip([o[i - 1] for o in outputs], dtypes, strict=True)]
+            operands += [self.to_tensor(x, d) for x, d in zip([r[i] for r in rows], dtypes, strict=True)]
+            result = self.combine_fn.fn(*operands)
+            for output, value in zip(outputs, result, strict=True):
+                output[i] = value.handle.data
+        return [self.to_tensor(np.moveaxis(o, 0, self.axis), d) for o, d in zip(outputs, dtypes, strict=True)]
+
+    interpreter.ScanOps.generic_scan = scan_rows
+    call = interpreter.InterpretedFunction.__call__
+    ours = {id(triton_scan.__dict__), id(triton_fusion.__dict__)}
+
+    def call_device_function(self, *args, **kwargs):
+        if id(self.fn.__globals__) in ours:
+            return self.rewrite()(*args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
+
+
+def shrink_blocks():
+    """Makes blocks so small that small shapes need several; the launch configurations are compiled elsewhere."""
+    triton_scan.BLOCK_L = triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
+    triton_scan.BLOCK_CHUNKS = 2
+    triton_fusion.BLOCK_W = (8, 16)
+
+
+def run(name, *arguments):
+    """Returns what the Triton implementation of an op computes, as a tuple."""
+    outputs = IMPLEMENTATIONS[name][0](*arguments)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def compare(name, *arguments):
+    """Returns the relative error of each output of an op, after a look at shapes, dtypes and layout."""
+    outputs = run(name, *arguments)
+    expected = IMPLEMENTATIONS[name][1](*(x.double() for x in arguments))
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    inputs = arguments[1:] if name.endswith('_backward') else arguments[:1]
+    found = {}
+    for label, actual, wanted, like in zip(OUTPUTS[name], outputs, expected, inputs, strict=True):
+        assert actual.shape == wanted.shape, f'{name} {label}: {actual.shape}, expected {wanted.shape}'
+        assert actual.dtype == like.dtype, f'{name} {label}: {actual.dtype}, expected {like.dtype}'
+        assert actual.is_contiguous(), f'{name} {label} is not contiguous'
+        found[label] = relative_error(actual.double(), wanted) if actual.isfinite().all() else float('inf')
+    return found
+
+
+def record(name, gradient, *arguments):
+    """Compares an op and its backward with the references and keeps the largest errors of the dtype."""
+    dtype = str(arguments[0].dtype).removeprefix('torch.')
+    for op, extra in ((name, ()), (f'{name}_backward', (gradient,))):
+        kept = errors.setdefault(f'{op} {dtype}', {})
+        for label, error in compare(op, *extra, *arguments).items():
+            kept[label] = max(kept.get(label, 0.0), error)
+
+
+def noise(like):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(like.dtype)
+
+
+def scan_arguments(length, channels, dtype):
+    u, delta, A, B = scan_inputs(length, channels, dtype=torch.float64)
+    return u.to(dtype), delta.to(dtype), A.float(), B.to(dtype)
+
+
+def fusion_arguments(batch, grid, channels, dtype=torch.float32):
+    taps = torch.randn(25, channels, generator=torch.Generator().manual_seed(3))
+    h = torch.randn(batch, *grid, channels, generator=torch.Generator().manual_seed(4))
+    return h.to(dtype), taps
+
+
+def scan_cases():
+    for dtype in DTYPES:
+        for length in SEQUENCE_LENGTHS if dtype == torch.float32 else (17, 53):
+            arguments = scan_arguments(length, 20, dtype)
+            record('selective_scan', noise(arguments[0]), *arguments)
+
+    arguments = scan_arguments(53, 20, torch.float32)
+    gradient = noise(arguments[0])
+    triton_scan.TARGET_PROGRAMS = 5  # chunks of several tiles
+    record('selective_scan', gradient, *arguments)
+    triton_scan.TARGET_PROGRAMS = 1  # one chunk
+    record('selective_scan', gradient, *arguments)
+    triton_scan.TARGET_PROGRAMS = 2048
+
+    wide = torch.randn(2, 20, 53, 2, generator=torch.Generator().manual_seed(5))
+    u = wide[..., 0].transpose(1, 2)  # permuted, every second value
+    packed = torch.randn(2, 53, 7, generator=torch.Generator().manual_seed(6))
+    expanded = torch.rand(2, 1, 20, generator=torch.Generator().manual_seed(7)).expand(2, 53, 20)
+    record('selective_scan', torch.ones(1).expand(2, 53, 20), u, expanded, arguments[2], packed[..., 3:4])
+
+    checks['scan: two runs, same bits'] = all(
+        torch.equal(first, second)
+        for first, second in zip(
+            run('selective_scan_backward', gradient, *arguments),
+            run('selective_scan_backward', gradient, *arguments),
+            strict=True,
+        )
+    )
+    starts = triton_scan.Scan._starts
+    triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
+    checks['scan: a carry lost at a chunk border is seen'] = compare('selective_scan', *arguments)['h'] > 1e-2
+    triton_scan.Scan._starts = lambda scan, x, adjoint: starts(scan, x, adjoint) * (not adjoint)
+    lost = compare('selective_scan_backward', gradient, *arguments)
+    checks['scan: an adjoint carry lost at a chunk border is seen'] = min(lost.values()) > 1e-3
+    triton_scan.Scan._starts = starts
+    offset_cases()
+
+
+def fusion_cases():
+    for batch, grid, channels, dtype in (
+        (1, (1, 1), 5, torch.float32),
+        (1, (1, 21), 5, torch.float32),
+        (1, (9, 1), 5, torch.float32),
+        (2, (3, 2), 18, torch.float32),
+        (1, (11, 17), 5, torch.float32),
+        (1, (4, 9), 5, torch.bfloat16),
+        (1, (4, 9), 5, torch.float16),
+    ):
+        arguments = fusion_arguments(batch, grid, channels, dtype)
+        record('state_fusion', noise(arguments[0]), *arguments)
+    h, taps = fusion_arguments(1, (10, 5), 6)
+    record('state_fusion', torch.ones(1).expand(1, 5, 6, 5), h.permute(0, 2, 3, 1)[..., ::2], taps[:, :1].expand(25, 5))
+
+    h, taps = fusion_arguments(1, (5, 6), 5)
+    gradient = noise(h)
+    checks['fusion: two runs, same bits'] = all(
+        torch.equal(first, second)
+        for first, second in zip(
+            run('state_fusion_backward', gradient, h, taps),
+            run('state_fusion_backward', gradient, h, taps),
+            strict=True,
+        )
+    )
+    clamped = triton_fusion._load_clamped
+    triton_fusion._load_clamped = _load_zero
+    checks['fusion: zero instead of replicate padding is seen'] = compare('state_fusion', h, taps)['g'] > 1e-2
+    checks['fusion: zero padding is seen in dtaps'] = (
+        compare('state_fusion_backward', gradient, h, taps)['dtaps'] > 1e-2
+    )
+    triton_fusion._load_clamped = clamped
+    triton_fusion.adjoint_border_kernel = collections.defaultdict(lambda: lambda *args, **kwargs: None)
+    checks['fusion: a border that is not folded is seen'] = (
+        compare('state_fusion_backward', gradient, h, taps)['dh'] > 1e-2
+    )
+
+
+@triton.jit
+def _load_zero(h_ptr, n, y, x, e, H, W, E):
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, inside, E)
+
+
+def ssm_cases():
+    for batch, grid, channels, rank, dtype in (
+        (1, (1, 1), 5, 1, torch.float32),
+        (1, (4, 9), 20, 3, torch.float32),
+        (2, (3, 6), 5, 17, torch.float32),
+        (1, (4, 5), 5, 2, torch.bfloat16),
+        (1, (4, 5), 5, 2, torch.float16),
+    ):
+        arguments = ssm_arguments(grid, channels, rank, batch, dtype)
+        record('structure_aware_ssm', noise(arguments[0]), *arguments)
+
+    _, _, _, _, *parameters = ssm_arguments((3, 6), 5, 3, dtype=torch.float32)
+    packed = torch.randn(2, 3, 6, 3 + 2, generator=torch.Generator().manual_seed(5))
+    dt, B, C = packed.split((3, 1, 1), -1)
+    u = torch.randn(2, 5, 3, 6, generator=torch.Generator().manual_seed(6)).permute(0, 2, 3, 1)
+    arguments = (u, dt, B, C, *parameters)
+    gradient = torch.ones(1).expand(u.shape)
+    record('structure_aware_ssm', gradient, *arguments)
+
+    spoilt = [x.clone() for x in arguments[:4]]
+    spoilt[0][0, 1, 2] = float('nan')
+    (y,) = run('structure_aware_ssm', *spoilt, *parameters)
+    (clean,) = run('structure_aware_ssm', *arguments)
+    checks['ssm: NaN in one image stays there'] = bool(torch.equal(y[1], clean[1]) and y[0].isnan().any())
+    maps = run('structure_aware_ssm_backward', gradient, *spoilt, *parameters)[:4]
+    clean_maps = run('structure_aware_ssm_backward', gradient, *arguments)[:4]
+    checks['ssm: NaN in one image stays there, backward'] = all(
+        torch.equal(first[1], second[1]) for first, second in zip(maps, clean_maps, strict=True)
+    )
+    checks['ssm: two runs, same bits'] = all(
+        torch.equal(first, second)
+        for first, second in zip(clean_maps, run('structure_aware_ssm_backward', gradient, *arguments)[:4], strict=True)
+    )
+    project = triton_scan._project
+    triton_scan._project = _project_without_bias
+    checks['ssm: a dropped step size bias is seen'] = compare('structure_aware_ssm', *arguments)['y'] > 1e-2
+    triton_scan._project = project
+
+
+@triton.jit
+def _project_without_bias(dt_ptr, weight_ptr, bias_ptr, n, t, e, L, E, sn, st, RANK, BLOCK_R, USE_DOT):
+    pre = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
+    for r in tl.static_range(RANK):
+        weight = tl.load(weight_ptr + r * E + e, mask=e < E, other=0.0)
+        pre += triton_scan._load_tokens(dt_ptr + r, n, t, L, sn, st)[:, None] * weight[None, :]
+    return pre
+
+
+@triton.jit
+def _far_scan_kernel(
+    x_ptr, y_ptr, tokens_ptr, out_ptr, n, t0, L, E, stride_n, stride_t, far, far_token, T: tl.constexpr
+):
+    t = t0 + tl.arange(0, T)
+    e = tl.arange(0, T)
+    n = n.to(tl.int64)
+    tile = triton_scan._load_tile(x_ptr - far, n, t, e, L, E)
+    tokens = triton_scan._load_tokens(tokens_ptr - far_token, n, t, L, stride_n, stride_t)
+    rank = triton_scan._load_low_rank(tokens_ptr - far_token, n, t, e, L, stride_n, stride_t, T)
+    triton_scan._store_tile(y_ptr - far, tile, n, t, e, L, E)
+    tl.store(out_ptr + tl.arange(0, T), tokens + tl.sum(rank, 1))
+
+
+@triton.jit
+def _far_fusion_kernel(
+    x_ptr, y_ptr, tokens_ptr, out_ptr, n, y, H, W, E, stride_n, stride_t, far, far_token, T: tl.constexpr
+):
+    x = tl.arange(0, T)
+    n = n.to(tl.int64)
+    start = (n * H + y) * W
+    tile = triton_fusion._load(x_ptr - far, start, x, x, x < W, E)
+    tokens = triton_fusion._load_tokens(tokens_ptr - far_token, n, y.to(tl.int64) * W + x, x < W, stride_n, stride_t)
+    triton_fusion._store(y_ptr - far, tile, start, x, x, x < W, E)
+    tl.store(out_ptr + x, tl.reshape(tokens, (T,)))
+
+
+def offset_cases():
+    """Lets the kernels' loads and stores address tokens far beyond 2^31 elements of a small buffer.
+
+    The pointer is moved back by the offset as Python computes it: arithmetic of 32 bits would end elsewhere, in memory
+    that is not ours as a rule.
+    """
+    T, E, n = 16, 1024, 3
+    x = torch.randn(T, E)
+    tokens = torch.randn(T, 2 * T)
+    for name, kernel, place, shape in (
+        ('scan', _far_scan_kernel, 2**24 - T, (2**24, E)),
+        ('fusion', _far_fusion_kernel, 2**12 - 1, (2**12, 2**12, E)),
+    ):
+        first = n * 2**24 + (place if name == 'scan' else place * 2**12)
+        stride_n, stride_t = 2**24 * 8 * T, 2 * T
+        far_token = n * stride_n + (first - n * 2**24) * stride_t
+        y, out = torch.zeros(T, E), torch.zeros(T)
+        kernel[(1,)](x, y, tokens, out, n, place, *shape, stride_n, stride_t, first * E, far_token, T=T)
+        wanted = tokens[:, 0] + (tokens[:, :T].sum(1) if name == 'scan' else 0)
+        assert first * E > 2**35
+        assert far_token > 2**32
+        checks[f'{name}: offsets beyond 2^31'] = bool(
+            torch.equal(y[:, :T], x[:, :T]) and torch.allclose(out, wanted, atol=1e-5)
+        )
+
+
+if __name__ == '__main__':
+    quicken_interpreter()
+    shrink_blocks()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
+    torch.set_num_threads(1)
+    {'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases}[sys.argv[1]]()
+    print(json.dumps({'errors': errors, 'checks': checks}))
