@@ -13,7 +13,7 @@
 namespace mmspatialmamba {
 
 /// Bytes of one block's channels in one token: a cache line, so that no two threads write to the same one.
-constexpr int64_t BLOCK_BYTES = 128;
+constexpr int64_t BLOCK_BYTES = 64;
 
 template <typename scalar_t>
 constexpr int64_t BLOCK_VECTORS =
@@ -61,10 +61,11 @@ inline int64_t channel_groups(int64_t N, int64_t E) {
 
 /// Runs all blocks of channels of all images in parallel.
 ///
-/// Each thread builds one worker per vector of a block with `make()`, and for each of its blocks calls
-/// `worker.start(n, group, channels)` on all of them and then `walk(workers)`.
-template <typename scalar_t, typename Make, typename Walk>
-inline void parallel_blocks(int64_t N, int64_t E, int64_t groups, const Make& make, const Walk& walk) {
+/// Each thread builds one worker per vector of a block with `make()`. For each of its tasks it calls
+/// `begin_task(n, group)`, and then for each block `worker.start(n, group, channels)` on all workers and `walk(workers)`.
+template <typename scalar_t, typename Make, typename Begin, typename Walk>
+inline void parallel_blocks(
+    int64_t N, int64_t E, int64_t groups, const Make& make, const Begin& begin_task, const Walk& walk) {
   using acc_t = at::opmath_type<scalar_t>;
   const int64_t blocks = channel_blocks<scalar_t>(E);
   const int64_t blocks_per_group = at::divup(blocks, groups);
@@ -76,6 +77,7 @@ inline void parallel_blocks(int64_t N, int64_t E, int64_t groups, const Make& ma
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / groups;
       const int64_t group = task % groups;
+      begin_task(n, group);
       const int64_t last = std::min(blocks, (group + 1) * blocks_per_group);
       for (int64_t block = group * blocks_per_group; block < last; ++block) {
         int64_t first = block * BLOCK_CHANNELS<scalar_t>;
@@ -89,12 +91,18 @@ inline void parallel_blocks(int64_t N, int64_t E, int64_t groups, const Make& ma
   });
 }
 
+/// The same without groups: each block of channels is a task of its own.
+template <typename scalar_t, typename Make, typename Walk>
+inline void parallel_blocks(int64_t N, int64_t E, const Make& make, const Walk& walk) {
+  parallel_blocks<scalar_t>(N, E, channel_blocks<scalar_t>(E), make, [](int64_t, int64_t) {}, walk);
+}
+
 /// Working memory of one thread: vectors, uninitialised.
 template <typename acc_t>
 class LaneBuffer {
  public:
   explicit LaneBuffer(int64_t vectors)
-      : storage_(at::empty({vectors * LANES<acc_t>}, at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value))),
+      : storage_(at::empty({vectors * LANES<acc_t>}, c10::CppTypeToScalarType<acc_t>::value)),
         data_(storage_.template mutable_data_ptr<acc_t>()) {}
 
   acc_t* operator[](int64_t vector) const {

@@ -3,7 +3,7 @@
 
 #include "blocks.h"
 
-#include <c10/util/Unroll.h>
+#include <tuple>
 
 namespace mmspatialmamba {
 
@@ -26,12 +26,12 @@ inline void transpose(Vec<acc_t> (&rows)[LANES<acc_t>]) {
 /// sums[r * stride + t] += sum over channels of values[t][channel] * weight[channel][r]
 ///
 /// Args:
-///   values: (tokens, LANES), the channels of one vector; its first `count` lanes are summed.
+///   values: (tokens, LANES), the channels of one vector; its first `count` lanes (as in `with_count`) are summed.
 ///   weight: (LANES, R).
 ///   sums: R rows, `stride` apart, of `tokens` values.
-template <typename acc_t>
+template <typename acc_t, typename Count>
 inline void add_channel_sums(
-    const acc_t* values, int64_t tokens, int64_t count, const acc_t* weight, int64_t R, acc_t* sums, int64_t stride) {
+    const acc_t* values, int64_t tokens, Count count, const acc_t* weight, int64_t R, acc_t* sums, int64_t stride) {
   for (int64_t t = 0; t < tokens; t += LANES<acc_t>) {
     const int64_t tile = std::min(LANES<acc_t>, tokens - t);
     Vec<acc_t> channel[LANES<acc_t>];
@@ -51,11 +51,71 @@ inline void add_channel_sums(
 }
 
 /// sums[t] += sum over channels of values[t][channel]
-template <typename acc_t>
-inline void add_channel_sums(const acc_t* values, int64_t tokens, int64_t count, acc_t* sums) {
-  alignas(64) acc_t ones[LANES<acc_t>];
-  std::fill(std::begin(ones), std::end(ones), acc_t(1));
-  add_channel_sums<acc_t>(values, tokens, count, ones, 1, sums, 0);
+///
+/// A tree of sums of neighbours: each round halves the number of vectors, and the lanes that one token has. It takes a
+/// third of the instructions of the sum with weights.
+template <typename acc_t, typename Count>
+inline void add_channel_sums(const acc_t* values, int64_t tokens, Count count, acc_t* sums) {
+  for (int64_t t = 0; t < tokens; t += LANES<acc_t>) {
+    const int64_t tile = std::min(LANES<acc_t>, tokens - t);
+    Vec<acc_t> sum[LANES<acc_t>];
+    for (int64_t i = 0; i < tile; ++i) {
+      sum[i] = load(values + (t + i) * LANES<acc_t>, count);
+    }
+    for (int64_t vectors = LANES<acc_t> / 2; vectors > 0; vectors /= 2) {
+      for (int64_t i = 0; i < vectors; ++i) {
+        const auto [even, odd] = at::vec::deinterleave2(sum[2 * i], sum[2 * i + 1]);
+        sum[i] = even + odd;
+      }
+    }
+    (Vec<acc_t>::loadu(sums + t, tile) + sum[0]).store(sums + t, tile);
+  }
 }
+
+/// Sums over channels of all images: one partial sum a group of channels, which `write` adds up in the groups' order.
+template <typename acc_t>
+class TokenSums {
+ public:
+  /// Each token has `values` sums.
+  TokenSums(int64_t N, int64_t groups, int64_t values, int64_t L)
+      : N_(N), groups_(groups), values_(values), L_(L), parts_(at::divup(N * groups * values * L, LANES<acc_t>)) {}
+
+  int64_t groups() const {
+    return groups_;
+  }
+
+  /// The sums of one value of a group's channels, (L); those of the next value follow.
+  acc_t* part(int64_t n, int64_t group, int64_t value = 0) const {
+    return parts_[0] + ((n * groups_ + group) * values_ + value) * L_;
+  }
+
+  void zero(int64_t n, int64_t group) const {
+    std::fill_n(part(n, group), values_ * L_, acc_t(0));
+  }
+
+  /// out[n][t][i] = value first + i of token t of image n, for i below the last dimension of `out`, (N, ..., values).
+  template <typename scalar_t>
+  void write(int64_t first, const at::Tensor& out) const {
+    const int64_t width = out.size(-1);
+    scalar_t* data = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, N_ * width, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / width;
+        const int64_t i = task % width;
+        for (int64_t t = 0; t < L_; ++t) {
+          acc_t sum = 0;
+          for (int64_t group = 0; group < groups_; ++group) {
+            sum += part(n, group, first + i)[t];
+          }
+          data[(n * L_ + t) * width + i] = static_cast<scalar_t>(sum);
+        }
+      }
+    });
+  }
+
+ private:
+  int64_t N_, groups_, values_, L_;
+  LaneBuffer<acc_t> parts_;
+};
 
 } // namespace mmspatialmamba

@@ -156,8 +156,8 @@ inline void fuse_row(
 
 /// The adjoint of fusion: a ring of rows of dg, and dh of a row from it.
 ///
-/// Along the columns the convolution runs beyond both borders, over columns of zeros, and what it yields there is folded
-/// back. Along the rows the sum over the outputs that were clamped to a border row is taken first, which costs nothing
+/// Along the columns the convolution runs beyond both borders, over columns of zeros, and what it yields there is
+/// folded back. Along the rows the sum over the outputs that were clamped to a border row is taken first, which costs nothing
 /// but at the border.
 template <typename acc_t>
 class AdjointFusion {
@@ -173,7 +173,7 @@ class AdjointFusion {
   }
 
   /// Writes row r of dh, of a map of H rows. The output has RADIUS columns of padding, which are overwritten.
-  void fuse_row(int64_t r, int64_t H, const TapVectors<acc_t>& taps, acc_t* dh) const {
+  [[gnu::noinline, gnu::flatten]] void fuse_row(int64_t r, int64_t H, const TapVectors<acc_t>& taps, acc_t* dh) const {
     mmspatialmamba::fuse_row<ADJOINT>(rows(r, H), taps, -RADIUS, W_ + RADIUS, [&](int64_t column, const auto& value) {
       value.store(dh + column * LANES<acc_t>);
     });
@@ -265,8 +265,8 @@ inline void correlate_row(
   }
 }
 
-/// Walks the rows of a map from first to last: `fill(r)` once for each row, in order, and `use(r)` as soon as the RADIUS
-/// rows after r are filled.
+/// Walks the rows of a map from first to last: `fill(r)` once for each row, in order, and `use(r)` as soon as the
+/// RADIUS rows after r are filled.
 template <typename Fill, typename Use>
 inline void walk_rows(int64_t H, const Fill& fill, const Use& use) {
   for (int64_t r = 0; r < H + RADIUS; ++r) {

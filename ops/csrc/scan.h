@@ -23,11 +23,13 @@ struct ScanInput {
 
 template <int T, typename scalar_t, typename StepSize, typename Count, typename Sink,
           typename acc_t = at::opmath_type<scalar_t>>
-inline void scan_tile(const ScanInput<scalar_t, StepSize, Count>& in, int64_t token, Vec<acc_t>& carry, const Sink& sink) {
+inline void scan_tile(
+    const ScanInput<scalar_t, StepSize, Count>& in, int64_t token, Vec<acc_t>& carry, const Sink& sink) {
   const auto steps = in.step_size.template tile<T>(token);
   Vec<acc_t> a[T], b[T];
   for (int i = 0; i < T; ++i) {
     a[i] = exp<acc_t>(steps.delta[i] * in.A);
+    prefetch(in.u + (token + i + PREFETCH_TOKENS) * in.E);
     b[i] = steps.delta[i] * Vec<acc_t>(in.B[token + i]) * load(in.u + (token + i) * in.E, in.count);
   }
   for (int i = 0; i < T; ++i) {
@@ -39,8 +41,10 @@ inline void scan_tile(const ScanInput<scalar_t, StepSize, Count>& in, int64_t to
 /// Scans a run from the state `carry` before its first token, which becomes the state after its last.
 ///
 /// Calls `sink(token, h)` for each token.
-template <typename scalar_t, typename StepSize, typename Count, typename Sink, typename acc_t = at::opmath_type<scalar_t>>
-inline void scan_run(const ScanInput<scalar_t, StepSize, Count>& in, int64_t tokens, Vec<acc_t>& carry, const Sink& sink) {
+template <typename scalar_t, typename StepSize, typename Count, typename Sink,
+          typename acc_t = at::opmath_type<scalar_t>>
+inline void scan_run(
+    const ScanInput<scalar_t, StepSize, Count>& in, int64_t tokens, Vec<acc_t>& carry, const Sink& sink) {
   Vec<acc_t> h = carry;
   int64_t token = 0;
   for (; token + SCAN_TILE <= tokens; token += SCAN_TILE) {
@@ -70,6 +74,7 @@ inline void adjoint_tile(
     a[i] = exp<acc_t>(steps.delta[i] * in.A);
   }
   for (int i = T - 1; i >= 0; --i) {
+    prefetch(in.u + (token + i - PREFETCH_TOKENS) * in.E);
     const Vec<acc_t> u = load(in.u + (token + i) * in.E, in.count);
     const Vec<acc_t> B(in.B[token + i]);
     const Vec<acc_t> lambda = dh(token + i) + carry;

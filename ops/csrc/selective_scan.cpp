@@ -1,10 +1,10 @@
 // selective_scan: the linear recurrence of each channel over the tokens, and its gradients.
 #include "channel_sums.h"
+#include "checks.h"
 #include "scan.h"
 #include "step_size.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 namespace mmspatialmamba {
@@ -23,15 +23,14 @@ struct ScanProblem {
   const acc_t* B; // (N, L)
 };
 
-/// Where the gradients go. Sums over channels and over images are kept apart for each task, to be added up in one order.
+/// Where the gradients go. Sums over channels and images are kept apart for each task, to be added up in one order.
 template <typename scalar_t>
 struct ScanGradients {
   using acc_t = at::opmath_type<scalar_t>;
 
   const scalar_t* dh; // (N, L, E)
   scalar_t *du, *ddelta; // (N, L, E)
-  int64_t groups;
-  acc_t* dB; // (N, groups, L)
+  TokenSums<acc_t> dB;
   acc_t* dA; // (N, E)
 };
 
@@ -107,7 +106,7 @@ class ScanBackward {
 
   void start(int64_t n, int64_t group, Channels channels) {
     state_.start(n, channels);
-    dB_ = out_.dB + (n * out_.groups + group) * state_.p.L;
+    dB_ = out_.dB.part(n, group);
     carry_ = dA_ = Vec<acc_t>(0);
     carry_.store(states_[0]);
   }
@@ -130,11 +129,14 @@ class ScanBackward {
           [&](int64_t token) { return load(dh + token * E, count); },
           [&](int64_t token) { return Vec<acc_t>::loadu(states_[begin + token]); },
           [&](int64_t token, const TokenGradients<acc_t>& gradient) {
+            prefetch(dh + (token - PREFETCH_TOKENS) * E);
             gradient.dB.store(dB_run_[token]);
             store(du + token * E, gradient.du, count);
           });
     });
-    add_channel_sums(dB_run_[0], tokens, state_.channels.count, dB_ + begin);
+    with_count<acc_t>(state_.channels.count, [&](auto count) {
+      add_channel_sums(dB_run_[0], tokens, count, dB_ + begin);
+    });
   }
 
   void finish() const {
@@ -158,7 +160,12 @@ struct ScanInputs {
       : u(u.contiguous()),
         delta(delta.contiguous()),
         A(A.contiguous()),
-        B(B.to(A.scalar_type()).contiguous()) {}
+        B(B.to(A.scalar_type()).contiguous()) {
+    check_dim("u", u, 3);
+    check_tensor("delta", delta, u.sizes(), u.scalar_type());
+    check_tensor("A", A, {u.size(2)}, at::toOpMathType(u.scalar_type()));
+    check_tensor("B", B, {u.size(0), u.size(1), 1}, u.scalar_type());
+  }
 
   template <typename scalar_t>
   ScanProblem<scalar_t> problem() const {
@@ -175,7 +182,7 @@ at::Tensor selective_scan(const at::Tensor& u, const at::Tensor& delta, const at
     const auto p = inputs.problem<scalar_t>();
     scalar_t* out = h.mutable_data_ptr<scalar_t>();
     parallel_blocks<scalar_t>(
-        p.N, p.E, channel_blocks<scalar_t>(p.E), [&] { return ScanForward<scalar_t>(p, out); }, [&](auto& vectors) {
+        p.N, p.E, [&] { return ScanForward<scalar_t>(p, out); }, [&](auto& vectors) {
           for (int64_t t = 0; t < p.L; t += RUN) {
             for (auto& v : vectors) v.scan(t, std::min(RUN, p.L - t));
           }
@@ -187,21 +194,22 @@ at::Tensor selective_scan(const at::Tensor& u, const at::Tensor& delta, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> selective_scan_backward(
     const at::Tensor& dh, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B) {
   const ScanInputs inputs(u, delta, A, B);
+  check_tensor("dh", dh, u.sizes(), u.scalar_type());
   const at::Tensor dh_contiguous = dh.contiguous();
   at::Tensor du = at::empty(u.sizes(), u.options());
   at::Tensor ddelta = at::empty(u.sizes(), u.options());
-  at::Tensor dA, dB;
+  at::Tensor dA = at::empty({u.size(0), u.size(2)}, A.options());
+  at::Tensor dB = at::empty(B.sizes(), u.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "selective_scan_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const auto p = inputs.problem<scalar_t>();
-    const int64_t groups = channel_groups<scalar_t>(p.N, p.E);
-    dA = at::empty({p.N, p.E}, A.options());
-    dB = at::zeros({p.N, groups, p.L}, A.options());
     const ScanGradients<scalar_t> gradients{
         dh_contiguous.const_data_ptr<scalar_t>(), du.mutable_data_ptr<scalar_t>(), ddelta.mutable_data_ptr<scalar_t>(),
-        groups, dB.mutable_data_ptr<acc_t>(), dA.mutable_data_ptr<acc_t>()};
+        TokenSums<acc_t>(p.N, channel_groups<scalar_t>(p.N, p.E), 1, p.L), dA.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
-        p.N, p.E, groups, [&] { return ScanBackward<scalar_t>(p, gradients); }, [&](auto& vectors) {
+        p.N, p.E, gradients.dB.groups(), [&] { return ScanBackward<scalar_t>(p, gradients); },
+        [&](int64_t n, int64_t group) { gradients.dB.zero(n, group); },
+        [&](auto& vectors) {
           for (int64_t t = 0; t < p.L; t += RUN) {
             for (auto& v : vectors) v.scan(t, std::min(RUN, p.L - t));
           }
@@ -210,8 +218,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> selective_scan_backwa
           }
           for (const auto& v : vectors) v.finish();
         });
+    gradients.dB.template write<scalar_t>(0, dB);
   });
-  return {du, ddelta, dA.sum(0), dB.sum(1).to(u.scalar_type()).unsqueeze(-1)};
+  return {du, ddelta, dA.sum(0), dB};
 }
 
 } // namespace

@@ -1,4 +1,5 @@
 // state_fusion: the weighted sum of 25 neighbours on the grid, and its gradients.
+#include "checks.h"
 #include "fusion.h"
 
 #include <ATen/Dispatch.h>
@@ -46,6 +47,7 @@ struct FusionVector {
     const scalar_t* from = row(tensor, r);
     acc_t* to = buffer.row(r);
     for (int64_t column = 0; column < p.W; ++column) {
+      prefetch(from + (column + PREFETCH_TOKENS) * p.E);
       load(from + column * p.E, channels.count).store(to + column * LANES<acc_t>);
     }
   }
@@ -147,6 +149,11 @@ class FusionBackward {
   TapVectors<acc_t> dtaps_;
 };
 
+void check_inputs(const at::Tensor& h, const at::Tensor& taps) {
+  check_dim("h", h, 4);
+  check_tensor("taps", taps, {TAPS, h.size(3)}, at::toOpMathType(h.scalar_type()));
+}
+
 template <typename scalar_t>
 FusionProblem<scalar_t> fusion_problem(const at::Tensor& h, const at::Tensor& taps) {
   return {h.size(0), h.size(1), h.size(2), h.size(3), h.const_data_ptr<scalar_t>(),
@@ -154,13 +161,14 @@ FusionProblem<scalar_t> fusion_problem(const at::Tensor& h, const at::Tensor& ta
 }
 
 at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
+  check_inputs(h, taps);
   const at::Tensor h_contiguous = h.contiguous(), taps_contiguous = taps.contiguous();
   at::Tensor g = at::empty(h.sizes(), h.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion", [&] {
     const auto p = fusion_problem<scalar_t>(h_contiguous, taps_contiguous);
     scalar_t* out = g.mutable_data_ptr<scalar_t>();
     parallel_blocks<scalar_t>(
-        p.N, p.E, channel_blocks<scalar_t>(p.E), [&] { return FusionForward<scalar_t>(p, out); }, [&](auto& vectors) {
+        p.N, p.E, [&] { return FusionForward<scalar_t>(p, out); }, [&](auto& vectors) {
           walk_rows(
               p.H, [&](int64_t r) { for (auto& v : vectors) v.read_row(r); },
               [&](int64_t r) { for (auto& v : vectors) v.fuse(r); });
@@ -171,6 +179,8 @@ at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
 
 std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
     const at::Tensor& dg, const at::Tensor& h, const at::Tensor& taps) {
+  check_inputs(h, taps);
+  check_tensor("dg", dg, h.sizes(), h.scalar_type());
   const at::Tensor dg_contiguous = dg.contiguous(), h_contiguous = h.contiguous(), taps_contiguous = taps.contiguous();
   at::Tensor dh = at::empty(h.sizes(), h.options());
   at::Tensor dtaps = at::empty({h.size(0), TAPS, h.size(3)}, taps.options());
@@ -180,7 +190,7 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
     const FusionGradients<scalar_t> gradients{
         dg_contiguous.const_data_ptr<scalar_t>(), dh.mutable_data_ptr<scalar_t>(), dtaps.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
-        p.N, p.E, channel_blocks<scalar_t>(p.E), [&] { return FusionBackward<scalar_t>(p, gradients); },
+        p.N, p.E, [&] { return FusionBackward<scalar_t>(p, gradients); },
         [&](auto& vectors) {
           walk_rows(
               p.H, [&](int64_t r) { for (auto& v : vectors) v.read_row(r); },

@@ -28,6 +28,7 @@ class GivenStepSize {
   Tile<T> tile(int64_t token) const {
     Tile<T> tile;
     for (int i = 0; i < T; ++i) {
+      prefetch(delta_ + (token + i + PREFETCH_TOKENS) * E_);
       tile.delta[i] = load(delta_ + (token + i) * E_, count_);
     }
     return tile;

@@ -3,12 +3,12 @@
 // One vector of channels walks down the rows of an image. Its states live in a ring of 11 rows, which stays in the
 // second-level cache; as soon as the five rows below a row are there, its fusion and its observation are computed.
 #include "channel_sums.h"
+#include "checks.h"
 #include "fusion.h"
 #include "scan.h"
 #include "step_size.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 namespace mmspatialmamba {
@@ -42,7 +42,20 @@ struct Inputs {
         bias(dt_bias.contiguous()),
         A(A.contiguous()),
         D(D.contiguous()),
-        taps(taps.contiguous()) {}
+        taps(taps.contiguous()) {
+    check_dim("u", u, 4);
+    check_dim("dt", dt, 4);
+    const int64_t N = u.size(0), H = u.size(1), W = u.size(2), E = u.size(3), R = dt.size(3);
+    const auto dtype = u.scalar_type(), acc_dtype = at::toOpMathType(dtype);
+    check_tensor("dt", dt, {N, H, W, R}, dtype);
+    check_tensor("B", B, {N, H, W, 1}, dtype);
+    check_tensor("C", C, {N, H, W, 1}, dtype);
+    check_tensor("dt_weight", dt_weight, {E, R}, acc_dtype);
+    check_tensor("dt_bias", dt_bias, {E}, acc_dtype);
+    check_tensor("A", A, {E}, acc_dtype);
+    check_tensor("D", D, {E}, acc_dtype);
+    check_tensor("taps", taps, {TAPS, E}, acc_dtype);
+  }
 
   template <typename scalar_t>
   Problem<scalar_t> problem() const {
@@ -164,15 +177,14 @@ class ForwardVector {
   scalar_t* y_;
 };
 
-/// Where the gradients go. Sums over channels and over images are kept apart for each task, to be added up in one order.
+/// Where the gradients go. Sums over channels and images are kept apart for each task, to be added up in one order.
 template <typename scalar_t>
 struct Gradients {
   using acc_t = at::opmath_type<scalar_t>;
 
   const scalar_t* dy; // (N, H, W, E)
   scalar_t* du; // (N, H, W, E)
-  int64_t groups;
-  acc_t* tokens; // (N, groups, R + 2, H, W): ddt, dB, dC
+  TokenSums<acc_t> tokens; // ddt's R values, dB and dC
   acc_t* parameters; // (N, TAPS + 3 + R, E): dtaps, dA, dD, ddt_weight transposed, ddt_bias
 };
 
@@ -196,7 +208,7 @@ class BackwardVector {
 
   void start(int64_t n, int64_t group, Channels channels) {
     state_.start(n, channels);
-    dtokens_ = out_.tokens + (n * out_.groups + group) * (p.R + 2) * p.H * p.W;
+    dtokens_ = out_.tokens.part(n, group);
     carry_ = dA_ = dD_ = Vec<acc_t>(0);
     dtaps_.fill(Vec<acc_t>(0));
     dstep_size_.zero();
@@ -211,62 +223,28 @@ class BackwardVector {
     state_.scan_row(r);
   }
 
-  /// Gradients of the observation y = g C + D u and of the taps.
-  [[gnu::flatten]] void observe_backward_row(int64_t r) {
-    const acc_t* C = state_.token_row(p.C, r);
-    const scalar_t* u = state_.row(p.u, r);
-    const scalar_t* dy = state_.row(out_.dy, r);
-    acc_t* dg = dg_.buffer().row(r);
-    acc_t* dC = per_channel_[0];
+  /// Gradients of g, C and the taps.
+  void observe_backward_row(int64_t r) {
+    correlate(r);
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      Vec<acc_t> row_dD(0);
-      correlate_row(
-          clamped_rows(state_.h, r, p.H), state_.taps, p.W,
-          [&](int64_t column) {
-            const Vec<acc_t> value = load(dy + column * p.E, count) * Vec<acc_t>(C[column]);
-            value.store(dg + column * LANES<acc_t>);
-            return value;
-          },
-          dtaps_,
-          [&](int64_t column, const Vec<acc_t>& g) {
-            const Vec<acc_t> dy_t = load(dy + column * p.E, count);
-            (dy_t * g).store(dC + column * LANES<acc_t>);
-            row_dD = at::vec::fmadd(dy_t, load(u + column * p.E, count), row_dD);
-          });
-      dD_ = dD_ + row_dD;
+      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R + 1, r));
     });
-    add_channel_sums(dC, p.W, state_.channels.count, token_sums(p.R + 1, r));
   }
 
-  /// Gradients of fusion, scan and step size. Rows r - RADIUS to r + RADIUS have been through `observe_backward_row`.
-  [[gnu::flatten]] void scan_backward_row(int64_t r) {
-    acc_t* dh = dh_row_.row(0);
-    dg_.fuse_row(r, p.H, state_.taps, dh);
+  /// Gradients of all else. Rows r - RADIUS to r + RADIUS have been through `observe_backward_row`.
+  void scan_backward_row(int64_t r) {
+    dg_.fuse_row(r, p.H, state_.taps, dh_row_.row(0));
 
     // No fusion reads this row's padding any more: the column to its left takes the state before its first token.
     acc_t* h = state_.h.row(r);
     const acc_t* last_of_row_above = state_.h.row(std::max<int64_t>(r - 1, 0)) + (p.W - 1) * LANES<acc_t>;
     (r == 0 ? Vec<acc_t>(0) : Vec<acc_t>::loadu(last_of_row_above)).store(h - LANES<acc_t>);
 
-    const scalar_t* dy = state_.row(out_.dy, r);
-    scalar_t* du = state_.row(out_.du, r);
-    const Vec<acc_t> D = state_.D;
-    acc_t* dB = per_channel_[0];
-    row_dstep_size_.zero();
+    adjoint(r);
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      adjoint_run(
-          state_.scan_input(r, count, {dpre_row_[0], row_dstep_size_[0]}), p.W, carry_, dA_,
-          [&](int64_t column) { return Vec<acc_t>::loadu(dh + column * LANES<acc_t>); },
-          [&](int64_t column) { return Vec<acc_t>::loadu(h + (column - 1) * LANES<acc_t>); },
-          [&](int64_t column, const TokenGradients<acc_t>& gradient) {
-            gradient.dB.store(dB + column * LANES<acc_t>);
-            store(du + column * p.E, at::vec::fmadd(load(dy + column * p.E, count), D, gradient.du), count);
-          });
+      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R, r));
+      add_channel_sums(dpre_row_[0], p.W, count, weight_by_channel_[0], p.R, token_sums(0, r), p.H * p.W);
     });
-    const int64_t count = state_.channels.count;
-    dstep_size_.add(row_dstep_size_);
-    add_channel_sums(dB, p.W, count, token_sums(p.R, r));
-    add_channel_sums(dpre_row_[0], p.W, count, weight_by_channel_[0], p.R, token_sums(0, r), p.H * p.W);
   }
 
   /// Writes the sums over this image's tokens.
@@ -285,6 +263,59 @@ class BackwardVector {
   }
 
  private:
+  [[gnu::noinline, gnu::flatten]] void correlate(int64_t r) {
+    const int64_t E = p.E;
+    const acc_t* C = state_.token_row(p.C, r);
+    const scalar_t* dy = state_.row(out_.dy, r);
+    acc_t* dg = dg_.buffer().row(r);
+    acc_t* dC = per_channel_[0];
+    const acc_t* next_h = state_.h.row(std::max<int64_t>(r - RADIUS - 1, 0)); // row r - 1 will be the first to read it
+    with_count<acc_t>(state_.channels.count, [&](auto count) {
+      correlate_row(
+          clamped_rows(state_.h, r, p.H), state_.taps, p.W,
+          [&](int64_t column) {
+            prefetch(dy + (column + PREFETCH_TOKENS) * E);
+            prefetch(next_h + column * LANES<acc_t>);
+            const Vec<acc_t> value = load(dy + column * E, count) * Vec<acc_t>(C[column]);
+            value.store(dg + column * LANES<acc_t>);
+            return value;
+          },
+          dtaps_,
+          [&](int64_t column, const Vec<acc_t>& g) {
+            (load(dy + column * E, count) * g).store(dC + column * LANES<acc_t>);
+          });
+    });
+  }
+
+  [[gnu::noinline, gnu::flatten]] void adjoint(int64_t r) {
+    const int64_t E = p.E;
+    const scalar_t* u = state_.row(p.u, r);
+    const scalar_t* dy = state_.row(out_.dy, r);
+    scalar_t* du = state_.row(out_.du, r);
+    const acc_t* dh = dh_row_.row(0);
+    const acc_t* h = state_.h.row(r);
+    acc_t* dB = per_channel_[0];
+    const Vec<acc_t> D = state_.D;
+    row_dstep_size_.zero();
+    with_count<acc_t>(state_.channels.count, [&](auto count) {
+      Vec<acc_t> row_dD(0);
+      adjoint_run(
+          state_.scan_input(r, count, {dpre_row_[0], row_dstep_size_[0]}), p.W, carry_, dA_,
+          [&](int64_t column) { return Vec<acc_t>::loadu(dh + column * LANES<acc_t>); },
+          [&](int64_t column) { return Vec<acc_t>::loadu(h + (column - 1) * LANES<acc_t>); },
+          [&](int64_t column, const TokenGradients<acc_t>& gradient) {
+            prefetch(dy + (column - PREFETCH_TOKENS) * E);
+            prefetch(du + (column - PREFETCH_TOKENS) * E);
+            const Vec<acc_t> dy_t = load(dy + column * E, count);
+            row_dD = at::vec::fmadd(dy_t, load(u + column * E, count), row_dD);
+            gradient.dB.store(dB + column * LANES<acc_t>);
+            store(du + column * E, at::vec::fmadd(dy_t, D, gradient.du), count);
+          });
+      dD_ = dD_ + row_dD;
+    });
+    dstep_size_.add(row_dstep_size_);
+  }
+
   /// Row r of this task's sums over channels; `place` counts ddt's R values, dB and dC.
   acc_t* token_sums(int64_t place, int64_t r) const {
     return dtokens_ + (place * p.H + r) * p.W;
@@ -313,7 +344,7 @@ at::Tensor structure_aware_ssm(
     const auto p = inputs.problem<scalar_t>();
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
     parallel_blocks<scalar_t>(
-        p.N, p.E, channel_blocks<scalar_t>(p.E), [&] { return ForwardVector<scalar_t>(p, out); },
+        p.N, p.E, [&] { return ForwardVector<scalar_t>(p, out); },
         [&](auto& vectors) {
           walk_rows(
               p.H, [&](int64_t r) { for (auto& v : vectors) v.scan_row(r); },
@@ -331,23 +362,23 @@ NineTensors structure_aware_ssm_backward(
     const at::Tensor& dt_weight, const at::Tensor& dt_bias, const at::Tensor& A, const at::Tensor& D,
     const at::Tensor& taps) {
   const Inputs inputs(u, dt, B, C, dt_weight, dt_bias, A, D, taps);
+  check_tensor("dy", dy, u.sizes(), u.scalar_type());
   const at::Tensor dy_contiguous = dy.contiguous();
   const int64_t N = u.size(0), H = u.size(1), W = u.size(2), E = u.size(3), R = dt.size(3);
   at::Tensor du = at::empty(u.sizes(), u.options());
-  at::Tensor dtokens, dparameters;
+  at::Tensor ddt = at::empty(dt.sizes(), u.options());
+  at::Tensor dB = at::empty(B.sizes(), u.options());
+  at::Tensor dC = at::empty(C.sizes(), u.options());
+  at::Tensor dparameters = at::empty({N, TAPS + 3 + R, E}, A.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_ssm_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const auto p = inputs.problem<scalar_t>();
-    Gradients<scalar_t> gradients;
-    gradients.groups = channel_groups<scalar_t>(N, E);
-    dtokens = at::zeros({N, gradients.groups, R + 2, H * W}, A.options());
-    dparameters = at::empty({N, TAPS + 3 + R, E}, A.options());
-    gradients.dy = dy_contiguous.const_data_ptr<scalar_t>();
-    gradients.du = du.mutable_data_ptr<scalar_t>();
-    gradients.tokens = dtokens.mutable_data_ptr<acc_t>();
-    gradients.parameters = dparameters.mutable_data_ptr<acc_t>();
+    const Gradients<scalar_t> gradients{
+        dy_contiguous.const_data_ptr<scalar_t>(), du.mutable_data_ptr<scalar_t>(),
+        TokenSums<acc_t>(N, channel_groups<scalar_t>(N, E), R + 2, H * W), dparameters.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
-        N, E, gradients.groups, [&] { return BackwardVector<scalar_t>(p, gradients); },
+        N, E, gradients.tokens.groups(), [&] { return BackwardVector<scalar_t>(p, gradients); },
+        [&](int64_t n, int64_t group) { gradients.tokens.zero(n, group); },
         [&](auto& vectors) {
           for (int64_t r = 0; r < H; ++r) {
             for (auto& v : vectors) v.scan_row(r);
@@ -355,16 +386,18 @@ NineTensors structure_aware_ssm_backward(
           walk_rows(
               H, [&](int64_t r) { for (auto& v : vectors) v.observe_backward_row(H - 1 - r); },
               [&](int64_t r) { for (auto& v : vectors) v.scan_backward_row(H - 1 - r); });
-          for (auto& v : vectors) v.finish();
+          for (const auto& v : vectors) v.finish();
         });
+    gradients.tokens.template write<scalar_t>(0, ddt);
+    gradients.tokens.template write<scalar_t>(R, dB);
+    gradients.tokens.template write<scalar_t>(R + 1, dC);
   });
-  const at::Tensor tokens = dtokens.sum(1).transpose(1, 2).to(u.scalar_type()).view({N, H, W, R + 2});
   const at::Tensor parameters = dparameters.sum(0);
   return {
       du,
-      tokens.narrow(3, 0, R).contiguous(),
-      tokens.narrow(3, R, 1).contiguous(),
-      tokens.narrow(3, R + 1, 1).contiguous(),
+      ddt,
+      dB,
+      dC,
       parameters.narrow(0, TAPS + 2, R).t().contiguous(),
       parameters.select(0, TAPS + 2 + R).clone(),
       parameters.select(0, TAPS).clone(),

@@ -1,0 +1,282 @@
+"""The compiled CPU kernels against the plain PyTorch reference: values, gradients, layouts, threads, every variant."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmspatialmamba.ops import backends
+from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
+from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
+from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
+from oracles import relative_error, scan_inputs, ssm_arguments
+
+pytestmark = pytest.mark.skipif(
+    backends()['cpu'].implementation != 'cpp', reason=f'no C++ kernels: {backends()["cpu"].reason}'
+)
+
+OPS = torch.ops.mmspatialmamba
+CAPABILITIES = ('default', 'avx2', 'avx512')
+
+# Largest relative errors against the reference in float64, over all inputs below and the three variants; the tolerance
+# is ten times that. In 16 bits the maps carry the rounding of their dtype; the gradients of the parameters are float32.
+# Those are sums of terms of order 1 that may cancel: their errors are relative to 1 at least.
+MEASURED = {
+    # dtype: (maps, gradients of the parameters)
+    torch.float64: (6.5e-15, 5.4e-15),
+    torch.float32: (1.1e-6, 1.6e-6),
+    torch.bfloat16: (3.8e-3, 2.0e-6),
+    torch.float16: (4.9e-4, 1.2e-5),
+}
+DTYPES = tuple(MEASURED)
+
+RUN = 128
+LENGTHS = (1, 2, 3, RUN - 1, RUN, RUN + 1, 3 * RUN + 5)
+CHANNELS = (1, 3, 15, 16, 17, 53)
+"""A block of channels is 8 (float64), 16 (float32) or 32 (16 bits)."""
+GRIDS = ((1, 1), (1, 2), (3, 1), (1, 17), (19, 1), (4, 5), (5, 4), (10, 11), (12, 7), (23, 34))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills memory that kernels allocate, outputs and working memory, with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ssm_case(grid, channels, dtype, batch=2, rank=3):
+    return ssm_arguments(grid, channels, rank, batch, dtype)
+
+
+def scan_case(length, channels, dtype, batch=2):
+    u, delta, A, B = scan_inputs(length, channels, batch, dtype)
+    return u, delta, A.to(torch.promote_types(dtype, torch.float32)), B
+
+
+def fusion_case(grid, channels, dtype, batch=2):
+    arguments = ssm_case(grid, channels, dtype, batch)
+    return arguments[0], arguments[-1]
+
+
+def gradient_like(tensor, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+def error(actual, expected, is_map):
+    """Largest difference, relative to the largest expected value (and to 1 for gradients of parameters)."""
+    if not expected.any():
+        return actual.abs().max().item()
+    return relative_error(actual, expected) * (1 if is_map else min(1, expected.abs().max().item()))
+
+
+def check_parity(op, reference, arguments):
+    """Compares one call with the reference in float64, each output by the tolerance of its kind."""
+    actual = op(*arguments)
+    expected = reference(*(argument.double() for argument in arguments))
+    actual, expected = (x if isinstance(x, tuple) else (x,) for x in (actual, expected))
+    maps, parameters = MEASURED[arguments[0].dtype]
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert one.is_contiguous()
+        is_map = one.ndim >= 3
+        assert error(one, other, is_map) < 10 * (maps if is_map else parameters), f'output {index}'
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('length', LENGTHS)
+def test_parity_selective_scan(length, dtype):
+    for channels in CHANNELS:
+        arguments = scan_case(length, channels, dtype)
+        check_parity(OPS.selective_scan, selective_scan_reference, arguments)
+        dh = gradient_like(arguments[0])
+        check_parity(OPS.selective_scan_backward, selective_scan_backward_reference, (dh, *arguments))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('grid', GRIDS)
+def test_parity_state_fusion(grid, dtype):
+    for channels in CHANNELS:
+        arguments = fusion_case(grid, channels, dtype)
+        check_parity(OPS.state_fusion, state_fusion_reference, arguments)
+        dg = gradient_like(arguments[0])
+        check_parity(OPS.state_fusion_backward, state_fusion_backward_reference, (dg, *arguments))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('grid', GRIDS)
+def test_parity_structure_aware_ssm(grid, dtype):
+    for channels in CHANNELS:
+        arguments = ssm_case(grid, channels, dtype)
+        check_parity(OPS.structure_aware_ssm, structure_aware_ssm_reference, arguments)
+        dy = gradient_like(arguments[0])
+        check_parity(OPS.structure_aware_ssm_backward, structure_aware_ssm_backward_reference, (dy, *arguments))
+
+
+@pytest.mark.parametrize('rank', [1, 2, 9, 32])
+def test_parity_ranks(rank):
+    arguments = ssm_case((6, 9), 40, torch.float32, rank=rank)
+    check_parity(OPS.structure_aware_ssm, structure_aware_ssm_reference, arguments)
+    dy = gradient_like(arguments[0])
+    check_parity(OPS.structure_aware_ssm_backward, structure_aware_ssm_backward_reference, (dy, *arguments))
+
+
+@pytest.mark.parametrize('pre', [-200.0, -100.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0, 1e4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_parity_of_steps_from_tiny_to_huge(pre, dtype):
+    u, dt, B, C, dt_weight, dt_bias, *others = ssm_case((3, 7), 19, dtype)
+    arguments = (u, dt, B, C, dt_weight, torch.full_like(dt_bias, pre), *others)
+    check_parity(OPS.structure_aware_ssm, structure_aware_ssm_reference, arguments)
+
+
+def test_the_library_is_that_of_the_capability():
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}.'
+    assert any(expected in str(library) for library in torch.ops.loaded_libraries)
+
+
+@pytest.mark.parametrize('capability', CAPABILITIES)
+def test_parity_of_every_variant(capability):
+    current = torch.backends.cpu.get_cpu_capability().lower()
+    if current not in CAPABILITIES or CAPABILITIES.index(capability) >= CAPABILITIES.index(current):
+        pytest.skip(f'{capability} is the variant of this process or wider than this CPU: {current}')
+    command = (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__)
+    done = subprocess.run(
+        (*command, '-k', 'library or (parity and not variant)'),
+        env=os.environ | {'ATEN_CPU_CAPABILITY': capability, 'MMSPATIALMAMBA_REQUIRE': 'cpp'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert 'skipped' not in done.stdout
+
+
+@pytest.mark.parametrize('case', ['sliced', 'permuted', 'expanded'])
+def test_layouts(case):
+    arguments = ssm_case((5, 6), 17, torch.float32)
+
+    def view(tensor):
+        if case == 'sliced':
+            return F.pad(tensor, (2, 3))[..., 2:-3]
+        if case == 'permuted':
+            return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+        return tensor
+
+    if case == 'expanded':
+        arguments = [x[:1].expand_as(x) for x in arguments]
+    dy = gradient_like(arguments[0])
+    dense = [x.contiguous() for x in (dy, *arguments)]
+    viewed = [view(x) for x in (dy, *arguments)]
+    assert torch.equal(OPS.structure_aware_ssm(*viewed[1:]), OPS.structure_aware_ssm(*dense[1:]))
+    for one, other in zip(
+        OPS.structure_aware_ssm_backward(*viewed), OPS.structure_aware_ssm_backward(*dense), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
+    """Every op with arguments: forward, backward, the arguments of forward."""
+    return (
+        (OPS.selective_scan, OPS.selective_scan_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
+        (OPS.state_fusion, OPS.state_fusion_backward, fusion_case(grid, channels, dtype, batch)),
+        (OPS.structure_aware_ssm, OPS.structure_aware_ssm_backward, ssm_case(grid, channels, dtype, batch)),
+    )
+
+
+def all_outputs(cases):
+    """The outputs of all cases, forward and backward, one after the other."""
+    for forward, backward, arguments in cases:
+        yield forward(*arguments)
+        yield from backward(gradient_like(arguments[0]), *arguments)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_same_bits_for_every_run_and_number_of_threads(dtype):
+    cases = all_cases(dtype)
+    threads = torch.get_num_threads()
+    runs = []
+    for number in (1, 2, 2, 3):
+        torch.set_num_threads(number)
+        runs.append(list(all_outputs(cases)))
+    torch.set_num_threads(threads)
+    for outputs in zip(*runs, strict=True):
+        for output in outputs[1:]:
+            assert torch.equal(outputs[0], output)
+
+
+def test_empty_batch():
+    for output in all_outputs(all_cases(batch=0, grid=(4, 5), channels=6)):
+        assert output.numel() == 0 or not output.any()
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_non_finite_values_stay_in_their_image(value):
+    u, *others = ssm_case((6, 7), 37, torch.float32)
+    dy = gradient_like(u)
+    broken_u = u.clone()
+    broken_u[0, 2, 3, 4] = value
+    clean = (OPS.structure_aware_ssm(u, *others), *OPS.structure_aware_ssm_backward(dy, u, *others)[:4])
+    broken = (OPS.structure_aware_ssm(broken_u, *others), *OPS.structure_aware_ssm_backward(dy, broken_u, *others)[:4])
+    for one, other in zip(broken, clean, strict=True):
+        assert torch.equal(one[1], other[1])
+    expected = structure_aware_ssm_reference(broken_u, *others)
+    assert torch.equal(broken[0].isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize('position', range(4))
+def test_non_finite_inputs_give_what_the_reference_gives(position):
+    """In every map, at the last token of a row: what is not finite is so in the same places."""
+    for value in (float('nan'), float('inf'), -float('inf')):
+        arguments = list(ssm_case((6, 7), 37, torch.float32))
+        arguments[position] = arguments[position].clone()
+        arguments[position][0, 2, 6, 0] = value
+        actual, expected = OPS.structure_aware_ssm(*arguments), structure_aware_ssm_reference(*arguments)
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        assert torch.equal(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize('grid', [(1, 1), (4, 5), (12, 7)])
+def test_gradients_are_the_derivatives(grid):
+    from mmspatialmamba.ops import selective_scan, state_fusion, structure_aware_ssm
+
+    def leaves(arguments):
+        return [x.detach().clone().requires_grad_() for x in arguments]
+
+    tokens = grid[0] * grid[1]
+    assert torch.autograd.gradcheck(selective_scan, leaves(scan_case(tokens, 3, torch.float64, batch=1)))
+    assert torch.autograd.gradcheck(state_fusion, leaves(fusion_case(grid, 3, torch.float64, batch=1)))
+    assert torch.autograd.gradcheck(structure_aware_ssm, leaves(ssm_case(grid, 3, torch.float64, batch=1, rank=2)))
+
+
+def test_faults_are_noticed():
+    """Each fault in the reference is larger than the loosest tolerance of the outputs that it changes."""
+    loosest = 10 * max(maps for maps, _ in MEASURED.values())
+
+    u, delta, A, B = scan_case(2 * RUN, 5, torch.float64)
+    carry_lost = torch.cat(
+        [
+            selective_scan_reference(*(x[:, part] for x in (u, delta)), A, B[:, part])
+            for part in (slice(None, RUN), slice(RUN, None))
+        ],
+        1,
+    )
+    assert relative_error(OPS.selective_scan(u, delta, A, B), carry_lost) > loosest
+
+    h, taps = fusion_case((7, 8), 5, torch.float64)
+    zero_padded = state_fusion_reference(F.pad(h, (0, 0, 5, 5, 5, 5)), taps)[:, 5:-5, 5:-5]
+    assert relative_error(OPS.state_fusion(h, taps), zero_padded) > loosest
+
+    arguments = list(ssm_case((7, 8), 5, torch.float64))
+    y = OPS.structure_aware_ssm(*arguments)
+    arguments[5] = torch.zeros_like(arguments[5])
+    assert relative_error(y, structure_aware_ssm_reference(*arguments)) > loosest
+
+
+def test_direct_calls_with_bad_shapes_raise():
+    arguments = list(ssm_case((4, 5), 6, torch.float32))
+    arguments[1] = arguments[1][:, :2]
+    with pytest.raises(RuntimeError, match='dt must have shape'):
+        OPS.structure_aware_ssm(*arguments)
