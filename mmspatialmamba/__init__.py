@@ -9,10 +9,13 @@ except ImportError as error:
         '"pip install --no-build-isolation -e ." in the checkout (setuptools 64 or later), or install the wheel.'
     ) from error
 
-from . import checkpoint
+from . import checkpoint, flops
+from .configs import config_path
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .models import SpatialMamba
 from .version import __version__
 
 checkpoint.register()
+flops.register()
 
-__all__ = ['SpatialMamba', '__version__', 'ops']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'ops']
