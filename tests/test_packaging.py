@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def distributions(tmp_path_factory):
-    """The sdist of the files that git does not ignore, and the wheel that is built from that sdist, without compiled ops."""
+    """The sdist of the files that git does not ignore, and the wheel built from that sdist, without compiled ops."""
     folder = tmp_path_factory.mktemp('dist')
     source = folder / 'source'
     command = ('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard')
