@@ -67,7 +67,7 @@ def skipped(reason: str, error: Exception | None = None) -> dict:
     """Says that the C++ kernels are left out; raises instead if they were asked for."""
     if BUILD_OPS == '1':
         raise RuntimeError(f'MMSPATIALMAMBA_BUILD_OPS=1, but the C++ kernels cannot be built: {reason}') from error
-    print(f'mmspatialmamba: C++ kernels skipped, the ops run in plain PyTorch on CPUs, 5 to 20 times slower: {reason}')
+    print(f'mmspatialmamba: C++ kernels skipped, the ops run in plain PyTorch on CPUs, 6 to 25 times slower: {reason}')
     return {}
 
 

@@ -9,6 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
+pytestmark = pytest.mark.end_to_end
+
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SIDE = 64
 # DINO selects 900 queries among all positions of its feature maps, which smaller images do not have.
