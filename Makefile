@@ -23,6 +23,7 @@ $(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/csr
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"
 	MMCV_WITH_OPS=1 CFLAGS="-g0 -O2" $(BIN)/pip install --no-build-isolation \
 		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt
+	$(BIN)/python -c "import triton" || $(BIN)/pip install triton==3.6.0  # which a CPU build of PyTorch lacks
 	$(BIN)/pip install --no-deps openmim==0.3.9
 	$(BIN)/pip install --no-deps --target $(VENV)/torchvision $(TORCHVISION)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .

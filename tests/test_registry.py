@@ -1,5 +1,6 @@
 """How configs of each toolbox find the backbone, and what importing the plugin needs."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,9 @@ SMALL = 'arch=dict(embed_dims=8, depths=(1, 1, 1, 1))'
 
 def run(code):
     """Runs code in a fresh interpreter and returns what it printed last."""
-    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != 'MMSPATIALMAMBA_REQUIRE'}
+    command = [sys.executable, '-c', textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]
 
