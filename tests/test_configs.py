@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -17,23 +19,90 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
 def test_config_resolves_and_its_backbone_builds(path):
-    config = Config.fromfile(path)
-    backbone = dict(config.model.backbone)
+    backbone = dict(Config.fromfile(path).model.backbone)
     assert backbone.pop('type') == 'SpatialMamba'
-    model = SpatialMamba(**backbone)
-    assert list(model.channels) == config.model.neck.in_channels
+    with torch.device('meta'):
+        SpatialMamba(**backbone)
+
+
+def optimizer_of(config):
+    optimizer = config.optim_wrapper.optimizer
+    return optimizer.type, optimizer.lr, tuple(optimizer.betas), optimizer.weight_decay
+
+
+@pytest.mark.parametrize(('method', 'archs'), [('mask_rcnn', 'tsb'), ('upernet', 'tsb'), ('cls', 'tsb')])
+def test_published_variants(method, archs):
+    widths = {'t': (64, (2, 4, 8, 4), 0.2), 's': (64, (2, 4, 21, 5), 0.3), 'b': (96, (2, 4, 21, 5), 0.5)}
+    for arch in archs:
+        backbone = dict(Config.fromfile(CONFIGS / f'{method}_sm_{arch}.py').model.backbone)
+        assert backbone.pop('type') == 'SpatialMamba'
+        with torch.device('meta'):
+            model = SpatialMamba(**backbone)
+        assert (model.channels[0], model.depths, backbone['drop_path_rate']) == widths[arch]
+
+
+def test_mask_rcnn_3x_is_the_published_recipe():
+    for arch in 'ts':
+        config = Config.fromfile(CONFIGS / f'mask_rcnn_sm_{arch}_3x.py')
+        assert optimizer_of(config) == ('AdamW', 1e-4, (0.9, 0.999), 0.05)
+        assert config.param_scheduler[1].milestones == [27, 33]
+        assert config.train_cfg.max_epochs == config.param_scheduler[1].end == 36
+        choice = next(step for step in config.train_dataloader.dataset.pipeline if step.type == 'RandomChoice')
+        resize, crop_and_resize = choice.transforms
+        assert [tuple(scale) for scale in resize[0].scales] == [(side, 1333) for side in range(480, 801, 32)]
+        assert [step.type for step in crop_and_resize] == ['RandomChoiceResize', 'RandomCrop', 'RandomChoiceResize']
+
+
+def test_upernet_is_the_published_recipe():
+    config = Config.fromfile(CONFIGS / 'upernet_sm_t.py')
+    assert optimizer_of(config) == ('AdamW', 6e-5, (0.9, 0.999), 0.01)
+    assert config.train_dataloader.batch_size * 4 == config.auto_scale_lr.base_batch_size == 16
+    warm_up, poly = config.param_scheduler
+    assert (warm_up.type, warm_up.end, poly.type, poly.power, poly.eta_min) == ('LinearLR', 1500, 'PolyLR', 1.0, 0.0)
+    assert config.train_cfg.max_iters == poly.end == 160000
+    crop = next(step for step in config.train_dataloader.dataset.pipeline if step.type == 'RandomCrop')
+    assert tuple(crop.crop_size) == tuple(config.model.data_preprocessor.size) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ('name', 'ratios'),
+    [('upernet_sm_t.py', [0.75, 1.0, 1.25]), ('upernet_sm_t_six_scales.py', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])],
+)
+def test_upernet_augments_tests(name, ratios):
+    scales, flips, *_ = Config.fromfile(CONFIGS / name).tta_pipeline[1].transforms
+    assert [scale.scale_factor for scale in scales] == ratios
+    assert [flip.prob for flip in flips] == [0.0, 1.0]
+
+
+def test_classification_is_the_published_recipe():
+    for arch, mesa_weight in zip('tsb', (1.0, 1.5, 2.0), strict=True):
+        config = Config.fromfile(CONFIGS / f'cls_sm_{arch}.py')
+        assert optimizer_of(config) == ('AdamW', 1e-3, (0.9, 0.999), 0.05)
+        assert config.model.mesa_weight == mesa_weight
+    assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 1024
+    assert config.optim_wrapper.clip_grad.max_norm == 5.0
+    assert config.optim_wrapper.type == 'AmpOptimWrapper'
+    warm_up, cosine = config.param_scheduler
+    assert (warm_up.start_factor * 1e-3, warm_up.end) == (1e-6, 20)
+    assert (cosine.type, cosine.eta_min, cosine.end) == ('CosineAnnealingLR', 1e-5, 300)
+    assert config.train_cfg.max_epochs == 300
+    mixup, cutmix = config.model.train_cfg.augments
+    assert (mixup.type, mixup.alpha, cutmix.type, cutmix.alpha) == ('Mixup', 0.8, 'CutMix', 1.0)
+    assert config.model.head.loss.label_smooth_val == 0.1
+    steps = {step.type: step for step in config.train_dataloader.dataset.pipeline}
+    assert (steps['RandAugment'].magnitude_level, steps['RandAugment'].magnitude_std) == (9, 0.5)
+    assert steps['RandAugment'].policies == 'timm_increasing'
+    assert steps['ColorJitter'].brightness == steps['ColorJitter'].contrast == steps['ColorJitter'].saturation == 0.4
+    assert steps['RandomErasing'].erase_prob == 0.25
+    ema, mesa = config.custom_hooks
+    assert (ema.type, ema.momentum) == ('EMAHook', 1e-4)
+    assert mesa.begin_epoch == config.train_cfg.max_epochs // 4
 
 
 def test_mask_rcnn_1x_is_the_published_recipe():
     config = Config.fromfile(CONFIGS / 'mask_rcnn_sm_t.py')
     assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
-    optimizer = config.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, tuple(optimizer.betas), optimizer.weight_decay) == (
-        'AdamW',
-        1e-4,
-        (0.9, 0.999),
-        0.05,
-    )
+    assert optimizer_of(config) == ('AdamW', 1e-4, (0.9, 0.999), 0.05)
     warm_up, steps = config.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.by_epoch, warm_up.end) == ('LinearLR', 0.001, False, 1000)
     assert (steps.type, steps.milestones, steps.gamma, steps.end) == ('MultiStepLR', [8, 11], 0.1, 12)

@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.hooks import EMAHook
+from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
 import mmspatialmamba  # noqa: F401
 from mmspatialmamba.mesa import MESAHook, MESAImageClassifier
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope('mmpretrain')
 
 
 def classifier(**arguments):
