@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from . import checkpoint, flops
+from .backbone_swap import swap_backbone
 from .configs import config_path
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .models import SpatialMamba
@@ -18,4 +19,4 @@ from .version import __version__
 checkpoint.register()
 flops.register()
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'ops']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'ops', 'swap_backbone']

@@ -1,0 +1,416 @@
+"""Puts Spatial-Mamba into the config of any detector, segmentor or classifier that has another backbone.
+
+What the heads expect is measured, not looked up: the former backbone is built without weights and sees one small
+image, so every backbone of the toolboxes, mmpretrain and timm is served by the same rule, and only what is no stack of
+maps for a neck or head to use is refused, by name.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import log2
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+
+from .models import SpatialMamba
+
+REFUSED = {
+    'UNet': 'its decoder is part of the backbone, and the heads use the maps of the decoder',
+    'ICNet': 'it runs parts of its own ResNet on three image sizes',
+    'BiSeNetV2': 'detail branch, semantic branch and heads are one network',
+    'CGNet': 'its context-guided blocks are the whole network, at strides 2 to 8',
+    'ERFNet': 'encoder and decoder are one network, with one map for the head',
+    'FastSCNN': 'its branches and their fusion are one network, with one map for the head',
+    'PIDNet': 'its three branches and the heads are one network',
+    'DDRNet': 'its two branches and the heads are one network',
+    'VPD': 'it is a text-conditioned diffusion network',
+    'HourglassNet': 'its maps are repeated estimates at one stride, each with a head of its own',
+    'TridentResNet': 'its detector needs the three branches of this backbone',
+    'RFP': 'this neck feeds its maps back into a second backbone of its own kind',
+    'LRASPPHead': 'its pooling of 49x49 pixels needs a deep map at stride 8',
+    'DPTHead': 'it needs the class token and the patches of a vision transformer',
+}
+"""Backbones, necks and heads that cannot do with another backbone, and why."""
+
+PYRAMID_NECKS = ('Feature2Pyramid', 'MultiLevelNeck')
+"""Necks that only resize maps of one stride to a pyramid, which our maps are already."""
+
+LAYER_DECAY = ('LayerDecayOptimizerConstructor', 'LearningRateDecayOptimizerConstructor')
+"""Optimizer constructors of the toolboxes that accept no backbone but a few of their own."""
+
+PROBE_SIZE = 128
+"""Height and width of the image that a backbone is measured with: at least two pixels at stride 64."""
+
+
+def swap_backbone(
+    cfg: Config, arch: str | dict = 'tiny', *, drop_path_rate: float = 0.2, pretrained: str | None = None
+) -> Config:
+    """Returns a config in which Spatial-Mamba takes the place of the backbone.
+
+    Each map of the former backbone is replaced by that of a Spatial-Mamba stage: by stride (4, 8, 16, 32), as near as
+    possible while the maps stay in order, so the four maps of a dilated ResNet (strides 4, 8, 8, 8) become all four
+    stages. Then everything that takes these maps is told their channels: the neck, or without one the heads, nested
+    ones too, and their ``strides`` where they state them. In detail:
+
+    - Maps that nothing uses are not returned (``start_level`` of a neck, ``in_index`` of heads), so that no parameter
+      stays without a gradient, which distributed training refuses. BiSeNetV1 leaves two unused whatever it gets, so
+      its config gets ``find_unused_parameters=True``.
+    - Necks that resize maps of one stride to a pyramid (`PYRAMID_NECKS`, of vision transformers) are dropped;
+      SETR-MLA's neck, which adds maps of one stride, gets a ``MultiLevelNeck`` before it.
+    - A two-stage detector without a neck (C4, DC5) gets a 1x1 ``ChannelMapper`` to the former channels as its neck, so
+      that its shared head keeps its shape and its weights.
+    - Where object-contextual representations (OCR) took two maps of one stride, both heads take both of ours, resized.
+    - The backbone inside the context path of BiSeNetV1 and STDC is swapped, the path stays.
+    - Of a tracker or a semi-supervised detector, the detector's backbone is swapped.
+    - What would load weights of the whole former model is removed: ``load_from``, and ``init_cfg`` of type Pretrained
+      on the model. Layer-wise learning-rate decay (`LAYER_DECAY`) goes to this package's constructor, with a rate at
+      which the stem learns as fast as the former stem.
+
+    Everything else stays, the optimizer and the normalization of images among it. Further arguments of the backbone
+    can be set in the result: ``swapped.model.backbone.with_cp = True``.
+
+    Args:
+        cfg: Config of a toolbox, as ``Config.fromfile`` returns it. It is not changed.
+        arch: ``arch`` of `SpatialMamba`.
+        drop_path_rate: ``drop_path_rate`` of `SpatialMamba`.
+        pretrained: Checkpoint of the backbone, or None to start from random weights.
+
+    Returns:
+        A new config. The backbone has its scoped name, which needs no ``custom_imports``.
+
+    Raises:
+        TypeError: ``cfg`` is no ``Config``, or an argument of the backbone has a wrong type.
+        ValueError: The model cannot do with another backbone, or how it uses the former one is not understood; the
+            message names the part and the reason. Also an argument of the backbone that is not allowed.
+    """
+    if not isinstance(cfg, Config):
+        raise TypeError(f'swap_backbone: cfg must be an mmengine Config, got {type(cfg).__name__}')
+    with torch.device('meta'):  # checks the arguments
+        backbone = SpatialMamba(arch, drop_path_rate=drop_path_rate, pretrained=pretrained)
+    cfg = copy.deepcopy(cfg)
+    part = _part_with_backbone(cfg)
+    _refuse_by_name(part)
+
+    with torch.random.fork_rng(devices=()), DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        _swap(part, backbone, {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained})
+
+    if _type(part.backbone) == 'BiSeNetV1':
+        cfg.find_unused_parameters = True
+    for owner in {id(owner): owner for owner in (cfg.model, part)}.values():
+        if 'pretrained' in owner:  # of the backbone; segmentors refuse it beside the backbone's own
+            owner.pretrained = None
+        if (owner.get('init_cfg') or {}).get('type') == 'Pretrained':
+            owner.init_cfg = None
+    if cfg.get('load_from'):
+        cfg.load_from = None
+    _swap_layer_decay(cfg.get('optim_wrapper') or {}, blocks=sum(backbone.depths))
+    return cfg
+
+
+def _part_with_backbone(cfg: Config) -> ConfigDict:
+    """Returns the model or, of a tracker or a semi-supervised detector, its detector."""
+    model = cfg.get('model') or {}
+    part = model if 'backbone' in model else model.get('detector') or {}
+    if not isinstance(part.get('backbone'), dict) or 'type' not in part.backbone:
+        raise ValueError(
+            f'swap_backbone: expected a model with a backbone, found {_type(model) or "none"} with the keys '
+            f'{", ".join(model) or "none"}'
+        )
+    return part
+
+
+def _refuse_by_name(part: ConfigDict) -> None:
+    neck = part.get('neck') or []
+    for key, used in [
+        ('backbone', part.backbone),
+        *(('neck', neck) for neck in (neck if isinstance(neck, Sequence) else [neck])),
+        *_heads(part),
+    ]:
+        if _type(used) in REFUSED:
+            raise ValueError(f'swap_backbone: {key} {_type(used)} cannot be swapped or kept: {REFUSED[_type(used)]}')
+
+
+def _swap(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
+    """Swaps the backbone of ``part`` and tells its neck or heads the new maps."""
+    path = part.backbone if 'backbone_cfg' in part.backbone else None  # a context path around the backbone
+    former_cfg = path.backbone_cfg if path else part.backbone
+    maps = _run(former_cfg, _image(former_cfg), 'backbone')
+    former, strides = _channels(maps), _strides(maps)
+    stages = _stages(strides, _type(former_cfg))
+    segmentor = 'decode_head' in part
+    if not segmentor and any(backbone.STRIDES[i] != stride for i, stride in zip(stages, strides, strict=True)):
+        raise ValueError(
+            f'swap_backbone: {_type(former_cfg)} has maps at strides {strides}, Spatial-Mamba at {backbone.STRIDES}; '
+            f'anchors and points of {_type(part)} depend on them'
+        )
+    if len(strides) > 1 == len(set(strides)) and _type(part.get('neck')) in PYRAMID_NECKS:
+        part.neck = None
+
+    used = list(range(len(former))) if path else _used_maps(part, former)
+    stages = tuple(stages[i] for i in used)
+    ours = [backbone.channels[stage] for stage in stages]
+    swapped = ConfigDict(type='mmspatialmamba.SpatialMamba', out_indices=stages, **arguments)
+    if former_cfg.get('in_channels', 3) != 3:
+        swapped.in_channels = former_cfg.in_channels
+    if path:
+        path.backbone_cfg = swapped
+        _fit_context_path(path, ours)
+    else:
+        part.backbone = swapped
+
+    neck = _first_neck(part)
+    if 'in_channels' in neck:
+        _fit_neck(part, neck, former, ours, [strides[i] for i in used], [backbone.STRIDES[i] for i in stages])
+    if segmentor:
+        swapped = copy.deepcopy(part.backbone)
+        shallow = {'embed_dims': backbone.channels[0], 'depths': (1, 1, 1, 1)}  # has the same channels, and is quick
+        swapped.get('backbone_cfg', swapped).arch = shallow
+        maps = _run(swapped, _image(swapped), 'backbone')
+        if neck:
+            maps = _run(part.neck, maps, 'neck')
+        own = None if path or neck else used
+        _fit_segmentation_heads(part, maps, own, strides)
+    elif 'in_channels' not in neck:
+        _fit_detection_heads(part, former, ours)
+
+
+def _stages(strides: list[int], name: str) -> tuple[int, ...]:
+    """Returns a stage for each map: in order, each once, with strides as near as possible."""
+    if strides != sorted(strides) or len(strides) > len(SpatialMamba.STRIDES):
+        raise ValueError(
+            f'swap_backbone: backbone {name} has maps at strides {strides}; expected at most '
+            f'{len(SpatialMamba.STRIDES)}, from fine to coarse'
+        )
+
+    def distance(stages: tuple[int, ...]) -> float:
+        return sum(
+            abs(log2(stride / SpatialMamba.STRIDES[stage])) for stride, stage in zip(strides, stages, strict=True)
+        )
+
+    return min(combinations(range(len(SpatialMamba.STRIDES)), len(strides)), key=distance)
+
+
+def _fit_context_path(path: ConfigDict, ours: list[int]) -> None:
+    """Sets the channels inside the context path of STDC or BiSeNetV1, whose last two maps have strides 16 and 32."""
+    *_, eighth, sixteenth, last = ours
+    if _type(path) == 'STDCContextPathNet':
+        path.last_in_channels = (last, sixteenth)
+        path.ffm_cfg.in_channels = eighth + path.get('out_channels', 128)
+    elif _type(path) == 'BiSeNetV1':
+        path.context_channels = (eighth, sixteenth, last)
+        # The fusion takes both paths together and has as many channels as the context has at stride 16.
+        path.spatial_channels = (*path.get('spatial_channels', (64, 64, 64, 128))[:-1], sixteenth - eighth)
+    else:
+        raise ValueError(f'swap_backbone: backbone {_type(path)} has a backbone_cfg of its own, with an unknown use')
+
+
+def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
+    """Returns which maps neck or heads use: without the norms of others, no parameter stays without a gradient."""
+    every = list(range(len(former)))
+    neck = _first_neck(part)
+    if 'in_channels' in neck:
+        return every[-1:] if isinstance(neck.in_channels, int) else every[neck.get('start_level', 0) :]
+    heads = [head for _, head in _heads(part) if 'in_channels' in head]
+    if 'decode_head' not in part:
+        return every[-1:] if all(isinstance(head.in_channels, int) for head in heads) else every
+    used = {0} if any(head.get('c1_in_channels') for head in heads) else set()
+    for head in heads:
+        if isinstance(head.in_channels, int):
+            used.add(every[head.get('in_index', -1)])
+        else:
+            used.update(every[i] for i in head.get('in_index', every))
+    return sorted(used)
+
+
+def _fit_neck(
+    part: ConfigDict,
+    neck: ConfigDict,
+    former: list[int],
+    ours: list[int],
+    former_strides: list[int],
+    strides: list[int],
+) -> None:
+    """Tells the neck our channels, and that it gets no map below its ``start_level``."""
+    if _type(neck) == 'MLANeck':  # adds maps of one stride
+        resize = ConfigDict(
+            type='mmseg.MultiLevelNeck',
+            in_channels=ours,
+            out_channels=former[0],
+            scales=[ours_at / former_at for ours_at, former_at in zip(strides, former_strides, strict=True)],
+            norm_cfg=neck.get('norm_cfg'),
+        )
+        part.neck = [resize, neck]
+        return
+    dropped = len(former) - len(ours)
+    _set_channels(neck, 'neck', former, ours)
+    if neck.get('start_level'):
+        neck.start_level -= dropped
+        if neck.get('end_level', -1) > 0:
+            neck.end_level -= dropped
+    if _type(neck) == 'SSDNeck':  # hands its input on, and adds maps
+        neck.out_channels = (*ours, *neck.out_channels[len(ours) :])
+        part.bbox_head.in_channels = neck.out_channels
+
+
+def _fit_segmentation_heads(
+    part: ConfigDict, maps: list[torch.Tensor], used: list[int] | None, former_strides: list[int]
+) -> None:
+    """Fits heads that name their maps by ``in_index``.
+
+    Args:
+        part: The segmentor.
+        maps: What its heads get.
+        used: For each of these maps, its index among the former backbone's maps; None if they come from a neck or a
+            context path, whose maps keep their indices.
+        former_strides: Strides of the former backbone's maps.
+    """
+    channels, strides = _channels(maps), _strides(maps)
+    last = len(maps) - 1
+    new_index = {old: new for new, old in enumerate(used or range(len(maps)))}
+    for old in list(new_index):
+        new_index[old - len(former_strides if used else maps)] = new_index[old]
+
+    heads = list(_heads(part))
+    for key, head in heads:
+        stated = head.get('in_channels')
+        index = head.get('in_index', list(range(len(maps))) if isinstance(stated, Sequence) else last)
+        if 'in_index' in head:
+            index = new_index[index] if isinstance(index, int) else type(index)(new_index[i] for i in index)
+            head.in_index = index
+        if isinstance(index, int) and isinstance(stated, int):
+            head.in_channels = channels[index]
+        elif isinstance(index, Sequence) and isinstance(stated, Sequence):
+            head.in_channels = type(stated)(channels[i] for i in index)
+            if used and 'strides' in head:
+                head.strides = [strides[i] for i in index]
+        else:
+            raise ValueError(
+                f'swap_backbone: {key} {_type(head)} with in_channels {stated} and in_index {index} is unknown; '
+                'expected both to be numbers or both to be sequences'
+            )
+        if head.get('num_convs') == 0 and head.get('channels') == stated:  # FCNHead: a classifier on the map itself
+            head.channels = head.in_channels
+        if head.get('c1_in_channels'):  # of DeepLabV3+: the first map, whatever in_index is
+            head.c1_in_channels = channels[0]
+
+    if used and any(_type(head) == 'OCRHead' for _, head in heads):
+        _resize_for_ocr(part.decode_head, channels, [former_strides[i] for i in used])
+
+
+def _resize_for_ocr(heads: list[ConfigDict], channels: list[int], former_strides: list[int]) -> None:
+    """Gives both heads of OCR, which compare map and prediction pixel by pixel, the same maps again."""
+    indices = sorted({head.in_index for head in heads if isinstance(head.in_index, int)})
+    if len(indices) > 1 and len({former_strides[i] for i in indices}) == 1:
+        for head in heads:
+            head.update(in_index=indices, in_channels=[channels[i] for i in indices], input_transform='resize_concat')
+
+
+def _fit_detection_heads(part: ConfigDict, former: list[int], ours: list[int]) -> None:
+    """Fits the heads of a detector or classifier without a neck; two-stage ones get a neck instead."""
+    if 'rpn_head' in part:
+        part.neck = ConfigDict(
+            type='mmdet.ChannelMapper',
+            in_channels=ours,
+            out_channels=former[-1],
+            kernel_size=1,
+            act_cfg=None,
+            num_outs=len(ours),
+        )
+        return
+    heads = [(key, head) for key, head in _heads(part) if 'in_channels' in head]
+    if not heads:
+        raise ValueError(f'swap_backbone: {_type(part)} has no neck or head that states in_channels')
+    for key, head in heads:
+        _set_channels(head, key, former, ours)
+
+
+def _set_channels(user: ConfigDict, key: str, former: list[int], ours: list[int]) -> None:
+    """Replaces the former channels in ``in_channels``: all of them, fine to coarse or coarse to fine, or the last."""
+    stated = user.in_channels
+    if isinstance(stated, int) and stated == former[-1]:
+        user.in_channels = ours[-1]
+    elif isinstance(stated, Sequence) and list(stated) == former:
+        user.in_channels = type(stated)(ours)
+    elif isinstance(stated, Sequence) and list(stated) == former[::-1]:
+        user.in_channels = type(stated)(ours[::-1])
+    else:
+        raise ValueError(
+            f'swap_backbone: {key} {_type(user)} states in_channels {stated}; expected the channels of the backbone, '
+            f'{former}'
+        )
+
+
+def _first_neck(part: ConfigDict) -> ConfigDict:
+    """Returns the neck, the first of several, or an empty config."""
+    neck = part.get('neck') or ConfigDict()
+    return neck[0] if isinstance(neck, Sequence) else neck
+
+
+def _heads(part: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """Yields key and config of each head that takes maps; of K-Net's head, the one that generates the kernels."""
+    for key, value in part.items():
+        if key == 'head' or key.endswith('_head'):
+            for head in value if isinstance(value, Sequence) else [value]:
+                if head:
+                    yield key, head.get('kernel_generate_head', head)
+
+
+def _swap_layer_decay(optim_wrapper: dict, blocks: int) -> None:
+    if optim_wrapper.get('constructor') not in LAYER_DECAY:
+        return
+    rules = optim_wrapper.paramwise_cfg
+    rate = rules.get('decay_rate', rules.get('layer_decay_rate'))
+    optim_wrapper.constructor = 'mmspatialmamba.LayerDecayOptimWrapperConstructor'
+    optim_wrapper.paramwise_cfg = ConfigDict(
+        decay_rate=rate ** ((rules.num_layers + 1) / (blocks + 1)),
+        # The former constructors exempt all of these from weight decay.
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        flat_decay_mult=0.0,
+        custom_keys={'A_log': {'decay_mult': 0.0}},
+    )
+
+
+def _type(cfg: dict | Sequence) -> str:
+    """Returns the name of a config's type, without its scope, or an empty text."""
+    name = cfg.get('type', '') if isinstance(cfg, dict) else ''
+    return name.rpartition('.')[-1] if isinstance(name, str) else name.__name__
+
+
+def _image(backbone: ConfigDict) -> torch.Tensor:
+    channels = backbone.get('in_channels', 3)
+    return torch.zeros(1, channels if isinstance(channels, int) else 3, PROBE_SIZE, PROBE_SIZE)
+
+
+def _strides(maps: Sequence[torch.Tensor]) -> list[int]:
+    return [PROBE_SIZE // x.shape[-2] for x in maps]
+
+
+def _channels(maps: Sequence[torch.Tensor]) -> list[int]:
+    return [x.shape[1] for x in maps]
+
+
+@torch.no_grad()
+def _run(cfg: ConfigDict | list[ConfigDict], x: torch.Tensor | Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
+    """Builds a backbone or neck without its weights and returns its maps."""
+    name = ' and '.join(map(_type, cfg)) if isinstance(cfg, list) else _type(cfg)
+    cfg = copy.deepcopy(cfg)
+    for part in cfg if isinstance(cfg, list) else [cfg]:
+        for weights in ('init_cfg', 'pretrained'):
+            if part.get(weights):
+                part[weights] = False if part[weights] is True else None  # True: timm
+        if 'img_size' in part:  # some vision transformers take no other
+            part.img_size = PROBE_SIZE
+    try:
+        module = MODELS.build(cfg)
+        module.eval()  # of the toolboxes' backbones, returns None
+        maps = module(x)
+    except Exception as error:
+        raise ValueError(
+            f'swap_backbone: cannot measure the maps of the {key} {name}: {type(error).__name__}: {error}'
+        ) from error
+    if not isinstance(maps, Sequence) or not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in maps):
+        raise ValueError(f'swap_backbone: the {key} {name} does not return maps (N, C, H, W)')
+    return list(maps)

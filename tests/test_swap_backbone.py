@@ -1,0 +1,326 @@
+"""The helper that puts Spatial-Mamba into configs of the toolboxes: what it changes, runs and refuses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision_setup  # noqa: F401, before mmpretrain
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.structures import PixelData
+
+from mmspatialmamba import swap_backbone
+from mmspatialmamba.backbone_swap import REFUSED
+
+sys.path.append(str(Path(__file__).parents[1] / 'tools'))
+import sweep_zoo
+
+SMALL = {'embed_dims': 8, 'depths': (1, 1, 1, 1)}
+
+
+def zoo(name):
+    """Reads a config of a toolbox, named as in ``mmdet::family/config.py``."""
+    toolbox, _, path = name.partition('::')
+    return Config.fromfile(sweep_zoo.configs_of(toolbox) / path)
+
+
+def values(config, paths):
+    """The values at dotted paths, with tuples as lists."""
+    found = {}
+    for path in paths:
+        value = config
+        for key in path.split('.'):
+            value = value[int(key)] if key.isdigit() else value[key]
+        found[path] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+CHANGES = {
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': {
+        'backbone.out_indices': [0, 1, 2, 3],
+        'neck.in_channels': [64, 128, 256, 512],
+        'neck.out_channels': 256,
+    },
+    'mmdet::yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py': {
+        'backbone.out_indices': [1, 2, 3],
+        'neck.in_channels': [512, 256, 128],
+    },
+    'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py': {'neck.in_channels': 512},
+    'mmdet::conditional_detr/conditional-detr_r50_8xb2-50e_coco.py': {
+        'backbone.out_indices': [3],
+        'neck.in_channels': [512],
+    },
+    'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py': {
+        'backbone.out_indices': [2, 3],
+        'neck.in_channels': [256, 512],
+        'neck.out_channels': [256, 512, 512, 256, 256, 128],
+        'bbox_head.in_channels': [256, 512, 512, 256, 256, 128],
+    },
+    'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': {
+        'panoptic_head.in_channels': [64, 128, 256, 512],
+        'panoptic_head.strides': [4, 8, 16, 32],
+    },
+    'mmdet::faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco.py': {
+        'backbone.out_indices': [2],
+        'neck.in_channels': [256],
+        'neck.out_channels': 1024,
+        'rpn_head.in_channels': 1024,
+        'roi_head.bbox_roi_extractor.out_channels': 1024,
+        'roi_head.bbox_head.in_channels': 2048,
+    },
+    'mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py': {
+        'backbone.out_indices': [2],
+        'neck.in_channels': [256],
+        'neck.out_channels': 2048,
+    },
+    'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py': {
+        'backbone.out_indices': [2, 3],
+        'decode_head.in_channels': 512,
+        'auxiliary_head.in_channels': 256,
+        'pretrained': None,
+    },
+    'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py': {
+        'decode_head.in_channels': 512,
+        'decode_head.c1_in_channels': 64,
+    },
+    'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py': {'decode_head.in_channels': [128, 256, 512]},
+    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': {
+        'decode_head.in_channels': [64, 128, 256, 512],
+        'decode_head.strides': [4, 8, 16, 32],
+    },
+    'mmseg::knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py': {
+        'decode_head.kernel_generate_head.in_channels': 512,
+        'decode_head.kernel_update_head.0.in_channels': 512,
+        'auxiliary_head.in_channels': 256,
+    },
+    'mmseg::ocrnet/ocrnet_r101-d8_8xb2-40k_cityscapes-512x1024.py': {
+        'decode_head.0.in_channels': [256, 512],
+        'decode_head.1.in_channels': [256, 512],
+        'decode_head.0.in_index': [0, 1],
+        'decode_head.1.in_index': [0, 1],
+    },
+    'mmseg::point_rend/pointrend_r50_4xb2-80k_cityscapes-512x1024.py': {
+        'neck.in_channels': [64, 128, 256, 512],
+        'decode_head.0.in_channels': [256, 256, 256, 256],
+        'decode_head.1.in_channels': [256],
+    },
+    'mmseg::fastfcn/fastfcn_r50-d32_jpu_psp_4xb2-80k_cityscapes-512x1024.py': {
+        'neck.in_channels': [128, 256, 512],
+        'decode_head.in_channels': 2048,
+        'auxiliary_head.in_channels': 256,
+    },
+    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': {
+        'neck': None,
+        'decode_head.in_channels': [64, 128, 256, 512],
+        'auxiliary_head.in_channels': 256,
+    },
+    'mmseg::segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py': {
+        'backbone.out_indices': [2],
+        'decode_head.in_channels': 256,
+        'decode_head.channels': 256,
+    },
+    'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py': {
+        'backbone.type': 'STDCContextPathNet',
+        'backbone.backbone_cfg.out_indices': [1, 2, 3],
+        'auxiliary_head.0.in_channels': 128,
+        'auxiliary_head.2.in_channels': 128,
+    },
+    'mmseg::bisenetv1/bisenetv1_r50-d32_4xb4-160k_cityscapes-1024x1024.py': {
+        'backbone.context_channels': [128, 256, 512],
+        'backbone.spatial_channels': [256, 256, 256, 128],
+        'decode_head.in_channels': 1024,
+        'auxiliary_head.0.in_channels': 128,
+    },
+    'mmpretrain::resnet/resnet18_8xb32_in1k.py': {'backbone.out_indices': [3], 'head.in_channels': 512},
+}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_what_is_told_to_neck_and_heads(name):
+    config = zoo(name)
+    before = config.to_dict()
+    state = torch.random.get_rng_state()
+    swapped = swap_backbone(config, drop_path_rate=0.3)
+    assert config.to_dict() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    backbone = swapped.model.backbone.get('backbone_cfg', swapped.model.backbone)
+    assert (backbone.type, backbone.arch, backbone.drop_path_rate) == ('mmspatialmamba.SpatialMamba', 'tiny', 0.3)
+    assert values(swapped.model, CHANGES[name]) == CHANGES[name]
+
+
+def test_everything_else_stays():
+    config = zoo('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    swapped = swap_backbone(config, 'base', pretrained='weights.pth')
+    assert swapped.model.backbone == {
+        'type': 'mmspatialmamba.SpatialMamba',
+        'arch': 'base',
+        'out_indices': (0, 1, 2, 3),
+        'drop_path_rate': 0.2,
+        'pretrained': 'weights.pth',
+    }
+    swapped.model.backbone = config.model.backbone
+    swapped.model.neck.in_channels = config.model.neck.in_channels
+    assert swapped.to_dict() == config.to_dict()
+    assert Config.fromstring(swapped.pretty_text, '.py').to_dict() == config.to_dict()
+
+
+def test_weights_of_the_former_model_are_not_loaded():
+    config = zoo('mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py')
+    assert config.load_from
+    assert swap_backbone(config, SMALL).load_from is None
+    config = zoo('mmdet::mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py')
+    assert config.model.init_cfg.type == 'Pretrained'
+    assert swap_backbone(config, SMALL).model.init_cfg is None
+
+
+def test_image_channels_stay():
+    config = zoo('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+    config.model.backbone.in_channels = 4
+    assert swap_backbone(config, SMALL).model.backbone.in_channels == 4
+
+
+def test_detector_of_a_tracker():
+    config = zoo('mmdet::masktrack_rcnn/masktrack-rcnn_mask-rcnn_r50_fpn_8xb1-12e_youtubevis2019.py')
+    detector = swap_backbone(config, SMALL).model.detector
+    assert detector.backbone.type == 'mmspatialmamba.SpatialMamba'
+    assert detector.neck.in_channels == [8, 16, 32, 64]
+    assert detector.init_cfg is None
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
+        'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py',
+    ],
+)
+def test_layer_decay_reaches_the_rate_of_the_former_stem(name):
+    config = zoo(name)
+    rules = config.optim_wrapper.paramwise_cfg
+    former = rules.get('decay_rate', rules.get('layer_decay_rate')) ** (rules.num_layers + 1)
+    swapped = swap_backbone(config, SMALL)
+    backbone = torch.nn.ModuleDict({'backbone': sweep_zoo.build(swapped).backbone})
+    wrapper = swapped.optim_wrapper
+    wrapper.type = 'OptimWrapper'  # AMP needs a GPU
+    wrapper.pop('loss_scale', None)
+    groups = build_optim_wrapper(backbone, wrapper).param_groups
+    lowest = min(group['lr'] for group in groups)
+    assert lowest == pytest.approx(wrapper.optimizer.lr * former)
+
+
+REFUSALS = {
+    'UNet': 'mmseg::unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py',
+    'ICNet': 'mmseg::icnet/icnet_r18-d8_4xb2-80k_cityscapes-832x832.py',
+    'BiSeNetV2': 'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    'CGNet': 'mmseg::cgnet/cgnet_fcn_4xb4-60k_cityscapes-680x680.py',
+    'ERFNet': 'mmseg::erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1024.py',
+    'FastSCNN': 'mmseg::fastscnn/fast_scnn_8xb4-160k_cityscapes-512x1024.py',
+    'PIDNet': 'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
+    'DDRNet': 'mmseg::ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024.py',
+    'VPD': 'mmseg::vpd/vpd_sd_4xb8-25k_nyu-480x480.py',
+    'HourglassNet': 'mmdet::cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco.py',
+    'TridentResNet': 'mmdet::tridentnet/tridentnet_r50-caffe_1x_coco.py',
+    'RFP': 'mmdet::detectors/cascade-rcnn_r50-rfp_1x_coco.py',
+    'LRASPPHead': 'mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py',
+    'DPTHead': 'mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py',
+}
+
+
+@pytest.mark.parametrize('refused', REFUSED)
+def test_refusal_names_the_part_and_the_reason(refused):
+    with pytest.raises(ValueError, match=f'{refused} cannot be swapped or kept: ') as error:
+        swap_backbone(zoo(REFUSALS[refused]))
+    assert str(error.value).endswith(REFUSED[refused])
+
+
+def retinanet(**backbone):
+    """A config with a RetinaNet's neck and head, and these keys of the backbone changed."""
+    config = zoo('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+    config.model.backbone.update(backbone)
+    return config
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match=r'found MultimodalEncoderDecoder with the keys type, .*, image_encoder'):
+        swap_backbone(zoo('mmseg::san/san-vit-b16_coco-stuff164k-640x640.py'))
+    with pytest.raises(ValueError, match='found none with the keys none'):
+        swap_backbone(Config({'default_scope': 'mmdet'}))
+    with pytest.raises(TypeError, match='cfg must be an mmengine Config, got dict'):
+        swap_backbone({'model': {}})
+    with pytest.raises(ValueError, match='cannot measure the maps of the backbone NoNet: KeyError'):
+        swap_backbone(retinanet(type='NoNet'))
+    with pytest.raises(ValueError, match=r'ResNet has maps at strides \[4, 8, 16, 16\], Spatial-Mamba at'):
+        swap_backbone(retinanet(strides=(1, 2, 2, 1)))
+    with pytest.raises(ValueError, match=r'neck FPN states in_channels \[64, 128, 256, 512\]; expected .* \[64, 128\]'):
+        swap_backbone(retinanet(out_indices=(0, 1)))
+    with pytest.raises(ValueError, match='arch must be one of tiny'):
+        swap_backbone(retinanet(), 'huge')
+    with pytest.raises(TypeError, match='with_cp'):
+        swap_backbone(retinanet(), with_cp=True)
+
+
+TRAINED = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+    'mmdet::atss/atss_r18_fpn_8xb8-amp-lsj-200e_coco.py',
+    'mmdet::fcos/fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco.py',
+    'mmdet::cascade_rcnn/cascade-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py',
+    'mmdet::conditional_detr/conditional-detr_r50_8xb2-50e_coco.py',
+    'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+    'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+    'mmseg::knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py',
+    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py',
+    'mmseg::ocrnet/ocrnet_r101-d8_8xb2-40k_cityscapes-512x1024.py',
+    'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
+]
+
+
+def detection_samples(side):
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(2, (3, side, side), num_items=[2, 3], num_classes=2, with_mask=True)
+
+
+def segmentation_samples(side):
+    from mmseg.structures import SegDataSample
+
+    labels = torch.arange(side * side).reshape(1, side, side) * 4 // side**2
+    shape = {'img_shape': (side, side), 'ori_shape': (side, side)}
+    sample = SegDataSample(
+        metainfo=shape, gt_sem_seg=PixelData(data=labels), gt_edge_map=PixelData(data=labels.clamp(max=1))
+    )
+    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+    return {'inputs': [image, image.flip(-1)], 'data_samples': [sample, sample.clone()]}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize('name', TRAINED)
+def test_training_step_and_prediction(name):
+    torch.manual_seed(0)
+    config = swap_backbone(zoo(name), SMALL)
+    if config.default_scope == 'mmdet':
+        side, samples = 128, detection_samples
+        config.model.data_preprocessor.pop('batch_augments', None)  # they pad to the full training size
+    else:
+        side, samples = 64, segmentation_samples
+        config.model.data_preprocessor.size = (side, side)
+    data = samples(side)
+    model = revert_sync_batchnorm(sweep_zoo.build(config))
+    model.train()
+    losses = model(**model.data_preprocessor(data, training=True), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    assert loss.isfinite()
+    loss.backward()
+    assert [key for key, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None] == []
+    model.eval()
+    config.model.data_preprocessor.pop('size', None)
+    with torch.no_grad():
+        predictions = model.test_step(data)
+    assert len(predictions) == 2
+    assert all('pred_instances' in sample or 'pred_sem_seg' in sample for sample in predictions)

@@ -1,0 +1,251 @@
+"""Swaps the backbone of every config of the installed toolboxes, runs the result, and writes the table.
+
+For each config: whether it builds as it is (without its weights), and whether it builds and computes features
+(detectors) or a prediction (segmentors) with a very small Spatial-Mamba. Configs with the same model are run once.
+
+    python tools/sweep_zoo.py mmdet mmseg --jobs 2
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import re
+import sys
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from unittest import mock
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+
+from mmspatialmamba import swap_backbone
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'embed_dims': 32, 'depths': (1, 1, 1, 1)}
+DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+INTRODUCTION = """# Zoo coverage
+
+`mmspatialmamba.swap_backbone(cfg, arch='tiny')` puts Spatial-Mamba into any config of MMDetection, MMSegmentation and
+MMPretrain:
+
+```python
+from mmengine.config import Config
+from mmspatialmamba import swap_backbone
+
+cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pretrained='checkpoints/FILE')
+cfg.dump('atss_sm_t.py')
+```
+
+Its docstring says what changes. Learning rate, optimizer and image normalization stay those of the former backbone,
+which is rarely what a Spatial-Mamba should be trained with: compare `configs/`. With `pretrained`, give the data
+preprocessor the mean, the deviation and the channel order of ImageNet weights; configs whose names hold `caffe` or
+`yolo` have others.
+
+The tables are written by `python tools/sweep_zoo.py mmdet mmseg`: configs with a model, how many of them build
+unswapped on the machine of the sweep (without weights), and how many build and compute features (detectors) or a
+prediction (segmentors) with a Spatial-Mamba of 32 channels and one block a stage.
+Weights are random: no accuracy is claimed.
+"""
+
+
+def configs_of(toolbox: str) -> Path:
+    """Returns the folder of the configs that come with an installed toolbox."""
+    return Path(importlib.util.find_spec(toolbox).origin).parent / '.mim' / 'configs'
+
+
+def without_weights(value: object) -> object:
+    """Returns a config's value without what names weights, so that equal models compare equal."""
+    if isinstance(value, dict):
+        return {k: without_weights(v) for k, v in value.items() if k not in ('init_cfg', 'pretrained')}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_weights(v) for v in value)
+    return value
+
+
+def in_one_line(error: Exception) -> str:
+    """Returns the type and the first line of an error, with what names this machine left out."""
+    text = str(error).strip().partition('\n')[0] if str(error).startswith('swap_backbone') else str(error)
+    text = re.sub(r'(?<=[\'" ])/\S*/', '', ' '.join(text.split()))[:200]
+    return text if text.startswith('swap_backbone') else f'{type(error).__name__}: {text}'
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    """Builds the model of a config, in evaluation mode."""
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = MODELS.build(cfg.model)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def compute(model: torch.nn.Module, in_channels: int) -> None:
+    """Computes a prediction of a segmentor, or the features of a detector, tracker or classifier."""
+    if hasattr(model, 'decode_head'):
+        model.predict(torch.rand(1, in_channels, 128, 128))
+        return
+    model = getattr(model, 'detector', model)
+    side = 384  # for all: FPG divides it by 128, Sparse R-CNN and DINO select hundreds of positions
+    image = torch.rand(1, in_channels, side, side)
+    maps = model.extract_feat(image) if hasattr(model, 'extract_feat') else model.backbone(image)
+    for head in (getattr(model, name, None) for name in ('panoptic_head', 'track_head')):
+        if hasattr(head, 'pixel_decoder'):  # the neck of Mask2Former and MaskFormer
+            meta = {'batch_input_shape': (side, side), 'img_shape': (side, side)}
+            decoder = head.pixel_decoder
+            decoder(maps, [meta]) if 'MaskFormer' in type(head).__name__ else decoder(maps)
+
+
+def run(path: Path) -> dict:
+    """Tries one config and returns what came of it: 'ok' or the reason, unswapped and swapped."""
+    cfg = Config.fromfile(path)
+    result = {}
+    # The former model's initial values do not matter, and they take most of the time.
+    initializers = {name: mock.DEFAULT for name in dir(torch.nn.init) if name.endswith('_') and name[0] != '_'}
+    with mock.patch.multiple(torch.nn.init, **initializers):
+        unswapped = Config({'model': without_weights(cfg.model), 'default_scope': cfg.get('default_scope')})
+        try:
+            build(unswapped)
+            result['unswapped'] = 'ok'
+        except Exception as error:
+            result['unswapped'] = in_one_line(error)
+        try:
+            swapped = swap_backbone(cfg, SMALL)
+        except ValueError as error:
+            return {**result, 'swapped': in_one_line(error)}
+    try:
+        part = swapped.model.get('detector', swapped.model)
+        compute(build(swapped), part.backbone.get('in_channels', 3))
+        result['swapped'] = 'ok'
+    except Exception as error:
+        result['swapped'] = in_one_line(error)
+    return result
+
+
+def prepare() -> None:
+    """Prepares a process: one thread, no logs, and torchvision for the toolbox that needs it."""
+    sys.path.append(str(ROOT / 'tests'))
+    import torchvision_setup  # noqa: F401
+
+    torch.set_num_threads(1)
+    if not torch.distributed.is_initialized():  # some configs' norms ask for it when they are built
+        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    warnings.simplefilter('ignore')
+    MMLogger.get_instance('mmengine', log_level='ERROR')
+
+
+def group(paths: list[Path]) -> tuple[dict[str, list[Path]], dict[Path, str]]:
+    """Groups configs by model. Returns the groups, and the configs that cannot be read with the reason."""
+    groups, unreadable = defaultdict(list), {}
+    for path in paths:
+        try:
+            cfg = Config.fromfile(path)
+        except Exception as error:
+            unreadable[path] = in_one_line(error)
+            continue
+        if cfg.get('model'):
+            model = without_weights(cfg.model.to_dict())
+            groups[json.dumps([cfg.get('default_scope'), model], sort_keys=True, default=str)].append(path)
+    return groups, unreadable
+
+
+def sweep(toolbox: str, jobs: int, pattern: str) -> dict[str, dict]:
+    """Runs every config of a toolbox and returns the result of each, by its path in the zoo."""
+    root = configs_of(toolbox)
+    paths = sorted(path for path in root.rglob('*.py') if '_base_' not in path.parts)
+    prepare()
+    groups, unreadable = group([path for path in paths if re.search(pattern, str(path.relative_to(root)))])
+    results = {path: {'unswapped': reason, 'swapped': reason} for path, reason in unreadable.items()}
+    members = {same[0]: same for same in groups.values()}
+    start = time.monotonic()
+    with multiprocessing.get_context('spawn').Pool(jobs, prepare, maxtasksperchild=50) as pool:
+        for done, (first, result) in enumerate(pool.imap_unordered(run_named, members), 1):
+            results.update(dict.fromkeys(members[first], result))
+            left = (time.monotonic() - start) / done * (len(members) - done)
+            print(f'\r{toolbox}: {done} of {len(members)} models, {left / 60:.1f} min left ', end='', file=sys.stderr)
+    print(file=sys.stderr)
+    return {str(path.relative_to(root)): results[path] for path in sorted(results)}
+
+
+def run_named(path: Path) -> tuple[Path, dict]:
+    """Runs a config and returns it with its result, since results come out of order."""
+    return path, run(path)
+
+
+def as_markdown(toolbox: str, results: dict[str, dict]) -> str:
+    """Returns the tables of a toolbox: families with counts, and configs that fail with the reason."""
+    families = defaultdict(list)
+    for config, result in results.items():
+        families[config.partition('/')[0]].append(result)
+    rows = {family: counts(members) for family, members in families.items()}
+    total = counts(results.values())
+    lines = [
+        f'## {toolbox} {importlib.metadata.version(DISTRIBUTIONS[toolbox])}',
+        '',
+        f'{total[0]} configs in {len(rows)} families; {total[1]} build unswapped, {total[2]} of these work swapped; '
+        f'{total[3]} work swapped in all.',
+        '',
+        '| family | configs | build unswapped | of these, work swapped | work swapped |',
+        '| --- | --- | --- | --- | --- |',
+        *(f'| {family} | {" | ".join(map(str, row))} |' for family, row in rows.items()),
+        '',
+        f'Configs of {toolbox} that do not work swapped:',
+        '',
+        '| configs | reason |',
+        '| --- | --- |',
+    ]
+    reasons = defaultdict(list)
+    for config, result in results.items():
+        if result['swapped'] != 'ok':
+            unswapped = 'builds unswapped' if result['unswapped'] == 'ok' else 'does not build unswapped either'
+            reasons[f'{result["swapped"].removeprefix("swap_backbone: ")} ({unswapped})'].append(config)
+    for reason, configs in sorted(reasons.items()):
+        text = reason.replace('|', '\\|')
+        lines.append(f'| {"<br>".join(f"`{config}`" for config in configs)} | {text} |')
+    return '\n'.join(lines)
+
+
+def counts(results) -> tuple[int, int, int, int]:
+    """Returns how many results there are, build unswapped, of these work swapped, and work swapped."""
+    results = list(results)
+    builds = [result for result in results if result['unswapped'] == 'ok']
+    works = [result for result in results if result['swapped'] == 'ok']
+    return len(results), len(builds), sum(result in works for result in builds), len(works)
+
+
+def main() -> None:
+    """Parses the command line, sweeps and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('toolboxes', nargs='+', choices=sorted(DISTRIBUTIONS), help='installed toolboxes to sweep')
+    parser.add_argument('--jobs', type=int, default=1, help='processes, one thread each (default: 1)')
+    parser.add_argument('--filter', default='', help='regular expression that a config path must contain')
+    parser.add_argument('--out', type=Path, default=ROOT / 'docs' / 'zoo_coverage.md', help='.md or .json to write')
+    args = parser.parse_args()
+
+    start = time.monotonic()
+    results = {toolbox: sweep(toolbox, args.jobs, args.filter) for toolbox in args.toolboxes}
+    for toolbox, found in results.items():
+        print(
+            '{}: {} configs, {} build unswapped, {} of these work swapped, {} in all'.format(
+                toolbox, *counts(found.values())
+            )
+        )
+    if args.out.suffix == '.json':
+        text = json.dumps(results, indent=1)
+    else:
+        minutes = (time.monotonic() - start) / 60
+        measured = (
+            f'Measured {time.strftime("%Y-%m-%d", time.gmtime())} with PyTorch {torch.__version__}, '
+            f'mmengine {importlib.metadata.version("mmengine")}, {args.jobs} processes, {minutes:.0f} minutes.'
+        )
+        text = '\n'.join([INTRODUCTION, measured, '', '\n\n'.join(as_markdown(*item) for item in results.items())])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    main()
