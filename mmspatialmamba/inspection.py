@@ -227,7 +227,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.mmspatialmamba.structure_aware_ssm:
             if self.count in self.turns:
-                self.records[self.count] = SSMRecord(*args, result)
+                self.records[self.count] = SSMRecord(*(tensor.detach() for tensor in (*args, result)))
             self.count += 1
         return result
 
