@@ -46,7 +46,7 @@ class StructureAwareSSM(nn.Module):
     """Range of the initial step size Δ at dt = 0, drawn log-uniformly."""
 
     FLOAT16_FACTOR = 2.0**-6
-    """Factor on y in float16, which ends at 65504: with initial weights y passes that where u passes 50, and grows as u^4.
+    """Factor on y in float16, which ends at 65504: with initial weights y passes that at u = 50, and grows as u^4.
 
     What the norm's eps of 1e-5 does not damp, from 3e-3 on, stays a normal number.
     """
