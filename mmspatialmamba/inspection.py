@@ -51,6 +51,7 @@ def build_model(config: Config, checkpoint: str | None = None, seed: int = 0) ->
     """Builds the model of a config in evaluation mode on the CPU, with random weights or those of a checkpoint.
 
     Whatever weights the config itself names are left out: without ``checkpoint`` the model is as before any training.
+    With one, ``model.dataset_meta`` holds the names of the classes, if the checkpoint does.
 
     Args:
         config: Config of mmdet, mmseg or mmpretrain.
@@ -98,7 +99,8 @@ def _without_pretrained(value: object) -> object:
 
 
 def _load(model: nn.Module, checkpoint: str) -> None:
-    weights = get_weights(load_from_local(checkpoint, 'cpu'))
+    content = load_from_local(checkpoint, 'cpu')
+    weights = get_weights(content)
     expected = f'{checkpoint}: expected the weights of this model'
     try:
         missing = model.load_state_dict(weights, strict=False).missing_keys
@@ -108,6 +110,7 @@ def _load(model: nn.Module, checkpoint: str) -> None:
     if missing:
         names = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
         raise ValueError(f'{expected}, found none for {len(missing)} tensors of its backbone: {names}')
+    model.dataset_meta = content.get('meta', {}).get('dataset_meta', {})
 
 
 def crop_image(path: Path, height: int, width: int) -> np.ndarray:
