@@ -1,8 +1,17 @@
 """Checks of the public ops' arguments: each error names the op, the argument, what was expected and what was found."""
 
 import torch
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
+    """Raises if a tensor carries a tangent: without a formula, PyTorch would go on with tangents of zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f'{op}: forward-mode differentiation is not supported, use torch.autograd')
 
 
 def check_tensor(op: str, name: str, value: object, ndim: int) -> None:

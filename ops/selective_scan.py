@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .checks import check_like, check_not_empty, check_parameter, check_tensor
+from .checks import check_like, check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from .library import accumulation_dtype, define, refuse_double_backward, register_autograd
 
 
@@ -24,6 +24,7 @@ def selective_scan(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: tor
     Raises:
         TypeError: An argument is no floating-point tensor, or has another dtype than ``u``.
         ValueError: An argument has another shape or device than stated above.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
         Autocast: the op is on no autocast list and runs in the dtype of ``u``; the state accumulates in float32
@@ -40,6 +41,7 @@ def selective_scan(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: tor
     check_like(op, 'delta', delta, (N, L, E), u)
     check_parameter(op, 'A', A, (E,), u)
     check_like(op, 'B', B, (N, L, 1), u)
+    refuse_forward_mode(op, u, delta, A, B)
     return torch.ops.mmspatialmamba.selective_scan(u, delta, A.to(accumulation_dtype(u.dtype)), B)
 
 

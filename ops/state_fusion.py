@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import check_not_empty, check_parameter, check_tensor
+from .checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from .library import accumulation_dtype, define, refuse_double_backward, register_autograd
 
 DILATIONS = (1, 3, 5)
@@ -60,6 +60,7 @@ def state_fusion(h: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: An argument is no floating-point tensor.
         ValueError: An argument has another shape or device than stated above.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
         Autocast: the op is on no autocast list and runs in the dtype of ``h``; sums accumulate in float32 (float64 for
@@ -72,6 +73,7 @@ def state_fusion(h: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     check_tensor(op, 'h', h, 4)
     check_not_empty(op, 'h', h)
     check_parameter(op, 'taps', taps, (len(TAP_OFFSETS), h.shape[-1]), h)
+    refuse_forward_mode(op, h, taps)
     return torch.ops.mmspatialmamba.state_fusion(h, taps.to(accumulation_dtype(h.dtype)))
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .checks import check_like, check_not_empty, check_parameter, check_tensor
+from .checks import check_like, check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from .library import accumulation_dtype, define, refuse_double_backward, register_autograd
 from .selective_scan import selective_scan_backward_reference, selective_scan_reference
 from .state_fusion import TAP_OFFSETS, state_fusion_backward_reference, state_fusion_reference
@@ -49,6 +49,7 @@ def structure_aware_ssm(
     Raises:
         TypeError: An argument is no floating-point tensor, or dt, B or C has another dtype than ``u``.
         ValueError: An argument has another shape or device than stated above.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
         Autocast: the op is on no autocast list and runs in the dtype of ``u``; step size, state, fusion and
@@ -72,6 +73,7 @@ def structure_aware_ssm(
     shapes = ((E, R), (E,), (E,), (E,), (len(TAP_OFFSETS), E))
     for name, parameter, shape in zip(names, parameters, shapes, strict=True):
         check_parameter(op, name, parameter, shape, u)
+    refuse_forward_mode(op, u, dt, B, C, *parameters)
     acc = accumulation_dtype(u.dtype)
     return torch.ops.mmspatialmamba.structure_aware_ssm(u, dt, B, C, *(p.to(acc) for p in parameters))
 
