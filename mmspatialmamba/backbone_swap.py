@@ -37,6 +37,9 @@ REFUSED = {
 PYRAMID_NECKS = ('Feature2Pyramid', 'MultiLevelNeck')
 """Necks that only resize maps of one stride to a pyramid, which our maps are already."""
 
+ALL_MAPS = ('BiSeNetV1', 'NASFCOS_FPN')
+"""Context paths and necks that want every map by its place and use some of them only."""
+
 LAYER_DECAY = ('LayerDecayOptimizerConstructor', 'LearningRateDecayOptimizerConstructor')
 """Optimizer constructors of the toolboxes that accept no backbone but a few of their own."""
 
@@ -55,8 +58,8 @@ def swap_backbone(
     ones too, and their ``strides`` where they state them. In detail:
 
     - Maps that nothing uses are not returned (``start_level`` of a neck, ``in_index`` of heads), so that no parameter
-      stays without a gradient, which distributed training refuses. BiSeNetV1 leaves two unused whatever it gets, so
-      its config gets ``find_unused_parameters=True``.
+      stays without a gradient, which distributed training refuses. Where all must be returned (`ALL_MAPS`), the config
+      gets ``find_unused_parameters=True``.
     - Necks that resize maps of one stride to a pyramid (`PYRAMID_NECKS`, of vision transformers) are dropped;
       SETR-MLA's neck, which adds maps of one stride, gets a ``MultiLevelNeck`` before it.
     - A two-stage detector without a neck (C4, DC5) gets a 1x1 ``ChannelMapper`` to the former channels as its neck, so
@@ -96,7 +99,7 @@ def swap_backbone(
     with torch.random.fork_rng(devices=()), DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         _swap(part, backbone, {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained})
 
-    if _type(part.backbone) == 'BiSeNetV1':
+    if _type(part.backbone) in ALL_MAPS or _type(_first_neck(part)) in ALL_MAPS:
         cfg.find_unused_parameters = True
     for owner in {id(owner): owner for owner in (cfg.model, part)}.values():
         if 'pretrained' in owner:  # of the backbone; segmentors refuse it beside the backbone's own
@@ -210,6 +213,8 @@ def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
     """Returns which maps neck or heads use: without the norms of others, no parameter stays without a gradient."""
     every = list(range(len(former)))
     neck = _first_neck(part)
+    if _type(neck) in ALL_MAPS:
+        return every
     if 'in_channels' in neck:
         return every[-1:] if isinstance(neck.in_channels, int) else every[neck.get('start_level', 0) :]
     heads = [head for _, head in _heads(part) if 'in_channels' in head]
@@ -245,7 +250,7 @@ def _fit_neck(
         return
     dropped = len(former) - len(ours)
     _set_channels(neck, 'neck', former, ours)
-    if neck.get('start_level'):
+    if dropped and 'start_level' in neck:
         neck.start_level -= dropped
         if neck.get('end_level', -1) > 0:
             neck.end_level -= dropped
