@@ -128,6 +128,9 @@ class SpatialMamba(BaseModule):
         _check_int('frozen_stages', frozen_stages, -1, len(depths))
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'SpatialMamba: drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}')
+        for name, flag in (('norm_eval', norm_eval), ('with_cp', with_cp)):
+            if not isinstance(flag, bool):
+                raise TypeError(f'SpatialMamba: {name} must be True or False, got {flag!r}')
         self.out_indices = self._parse_out_indices(out_indices, len(depths))
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
