@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from mmengine.visualization import Visualizer
 from tool_runner import load_tool, refusal, run_tool
 
 plot_results = load_tool('plot_results')
@@ -77,12 +78,11 @@ def test_a_log_alone_and_a_run_without_epochs(run, tmp_path):
 
 
 def test_mmengines_own_log(tmp_path):
-    from mmengine.visualization import LocalVisBackend
-
-    backend = LocalVisBackend(str(tmp_path / 'run' / '20260101_000000'))
-    backend.add_scalars({'lr': 0.1, 'loss': 2.0, 'epoch': 1}, step=5)
-    backend.add_scalars({'lr': 0.1, 'loss': 1.0, 'epoch': 1}, step=10)
-    backend.add_scalars({'coco/segm_mAP': 0.5}, step=1)
+    folder = tmp_path / 'run' / '20260101_000000'
+    visualizer = Visualizer(vis_backends=[{'type': 'LocalVisBackend'}], save_dir=str(folder))
+    visualizer.add_scalars({'lr': 0.1, 'loss': 2.0, 'epoch': 1}, step=5)
+    visualizer.add_scalars({'lr': 0.1, 'loss': 1.0, 'epoch': 1}, step=10)
+    visualizer.add_scalars({'coco/segm_mAP': 0.5}, step=1)
     found = plot_results.read(tmp_path / 'run')
     assert found.train['loss'] == {5: 2.0, 10: 1.0}
     assert found.val == {'coco/segm_mAP': {1: 0.5}}
@@ -125,7 +125,8 @@ def test_page_in_a_browser(run, benchmark, tmp_path, monkeypatch):
         sync_playwright = None
     missing = [name for name, found in (('Playwright', sync_playwright), ('Chromium', executable)) if not found]
     if missing:
-        reason = f'NOT LOOKED AT IN A BROWSER: {" and ".join(missing)} not found (pip install playwright, apt install chromium)'
+        hint = 'pip install playwright, apt-get install chromium'
+        reason = f'NOT LOOKED AT IN A BROWSER: {" and ".join(missing)} not found ({hint})'
         pytest.fail(reason) if os.environ.get(REQUIRE_BROWSER) == '1' else pytest.skip(reason)
 
     path = tmp_path / 'page with spaces.html'
@@ -138,9 +139,7 @@ def test_page_in_a_browser(run, benchmark, tmp_path, monkeypatch):
         page.on('console', lambda message: complaints.append(message.text))
         page.on('pageerror', lambda error: complaints.append(str(error)))
         page.goto(path.as_uri())
-        images = page.evaluate(
-            '[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])'
-        )
+        images = page.evaluate('[...document.images].map(i => [i.complete, i.naturalWidth, i.width])')
         page.set_viewport_size({'width': 500, 'height': 900})
         narrow = page.evaluate('[...document.images].map(i => i.getBoundingClientRect().right)')
         headings = page.locator('h2').all_inner_texts()

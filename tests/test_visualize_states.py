@@ -114,7 +114,8 @@ def test_answers():
         states.find_answer(detection, 2)
     logits = torch.tensor([[1.0, 5.0, 2.0, 6.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).view(3, 2, 2)
     segmentation = BaseDataElement(seg_logits=PixelData(data=logits))
-    assert (states.find_answer(segmentation, None).label, states.find_answer(segmentation, None).score) == (0, 13 / 3)
+    assert states.find_answer(segmentation, None).label == 0
+    assert states.find_answer(segmentation, None).score == torch.tensor(13 / 3)
     assert states.find_answer(segmentation, 1).score == 3
     with pytest.raises(ValueError, match=r'expected an answer of class 2, found pixels of the classes \[0, 1\]'):
         states.find_answer(segmentation, 2)
