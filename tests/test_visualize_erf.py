@@ -96,6 +96,7 @@ def test_before_and_after_training(images, tmp_path, monkeypatch, capsys):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
 
 
+@pytest.mark.end_to_end
 def test_swin_and_resnet_of_the_toolbox(images, tmp_path, monkeypatch):
     models = (
         '--model', 'Swin-T', 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
@@ -114,6 +115,7 @@ def test_swin_and_resnet_of_the_toolbox(images, tmp_path, monkeypatch):
         (('images', '--model', 'A'), 'argument --model: expected LABEL CONFIG [CHECKPOINT], got A'),
         (('images', '--model', 'A', 'b.py'), 'b.py: expected a config file, found no such file'),
         (('images', '--model', 'A', QUICKSTART, 'c.pth'), 'c.pth: expected a checkpoint file, found no such file'),
+        (('images', '--model', 'A', 'b.py', '--model', 'A', 'c.py'), 'expected a LABEL of its own for each model'),
         (('empty', '--model', 'A', QUICKSTART), 'empty: expected a folder of images'),
         (('images', '--size', 0, 8, '--model', 'A', QUICKSTART), 'expected at least 1 image of at least 1x1 pixel'),
     ],

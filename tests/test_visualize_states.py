@@ -36,7 +36,7 @@ def colours(path):
     return len(np.unique(cv2.imread(str(path)).reshape(-1, 3), axis=0))
 
 
-@pytest.mark.parametrize('options', [(), ('--block', 2, 1, '--block', 0, 0, '--channel', 3)])
+@pytest.mark.parametrize('options', [pytest.param((), marks=pytest.mark.end_to_end), ('--block', 2, 1, '--channel', 3)])
 def test_sheet_of_states(options, image, tmp_path, monkeypatch):
     run_tool(
         states, 'states', QUICKSTART, image, '--out', tmp_path / 'out' / 's.png', *options, monkeypatch=monkeypatch

@@ -181,18 +181,23 @@ def main() -> None:
     for model in args.model:
         if len(model) not in (2, 3):
             parser.error(f'argument --model: expected LABEL CONFIG [CHECKPOINT], got {" ".join(model)}')
+    if len({label for label, *_ in args.model}) < len(args.model):
+        parser.error('argument --model: expected a LABEL of its own for each model')
     if min(*args.size, args.max_images) < 1:
         parser.error(f'expected at least 1 image of at least 1x1 pixel, got {args.max_images} of {args.size}')
 
     rows = []
     try:
         images = find_images(args.images, args.max_images)
-        configs = [read_config(config) for _, config, *_ in args.model]
-        for (label, _, *checkpoints), config in zip(args.model, configs, strict=True):
+        models = {}
+        for label, name, *checkpoints in args.model:
+            config = read_config(name)
             for checkpoint in (None, *checkpoints):
-                name = f'{label}, {"trained" if checkpoint else "random weights"}'
-                print(name)
-                rows.append((name, receptive_fields(build_model(config, checkpoint, args.seed), images, *args.size)))
+                row = f'{label}, {"trained" if checkpoint else "random weights"}'
+                models[row] = build_model(config, checkpoint, args.seed)
+        for row, model in models.items():
+            print(row)
+            rows.append((row, receptive_fields(model, images, *args.size)))
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f'visualize_erf: {error}')
     args.out.mkdir(parents=True, exist_ok=True)
