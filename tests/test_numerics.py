@@ -1,7 +1,15 @@
 """Numbers at the edges: 16 bits from tiny to huge, every decay, empty and broken images, a million tokens."""
 
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 from mmspatialmamba.ops import selective_scan, structure_aware_ssm
 from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
@@ -11,7 +19,9 @@ from mmspatialmamba import SpatialMamba
 from mmspatialmamba.models.spatial_mamba import Block
 from mmspatialmamba.models.ssm import StructureAwareSSM
 
+ROOT = Path(__file__).parents[1]
 SMALL = {'embed_dims': 8, 'depths': (1, 1, 2, 1)}
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 SCALES = (1e-6, 1e-3, 1.0, 1e3, 6e4)
 """Largest absolute activation. In float16 normal numbers go from 6.1e-5 to 65504."""
 
@@ -194,3 +204,57 @@ def test_a_broken_image_leaves_the_others_alone(dtype, value):
             for one, other in zip(model(broken), model(x), strict=True):
                 assert torch.equal(one[[0, 2]], other[[0, 2]])
                 assert not one[1].isfinite().all()
+
+
+def shapes_losses(folder, dtype, seed, iterations):
+    """Losses of Mask R-CNN on the generated shapes with its backbone under autocast.
+
+    The rest of the detector stays in float32, as mmcv's NMS and RoIAlign have no 16-bit kernels for the CPU; and
+    MMEngine's AmpOptimWrapper, which --amp sets, refuses the CPU. What is tested is the backbone's part of --amp.
+    """
+    config = Config.fromfile(ROOT / 'configs' / 'quickstart_mask_rcnn.py')
+    config.train_dataloader.batch_size = 2
+    config.train_dataloader.dataset.data_root = f'{folder}/coco/'
+    init_default_scope('mmdet')
+    torch.manual_seed(seed)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    backbone = model.backbone.forward
+
+    def forward(x):
+        with autocast(dtype):
+            outputs = backbone(x)
+        return tuple(output.float() for output in outputs)
+
+    model.backbone.forward = forward
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    scaler = torch.amp.GradScaler('cpu', enabled=dtype == torch.float16)
+    losses = []
+    for batch in itertools.islice(Runner.build_dataloader(config.train_dataloader, seed=seed), iterations):
+        inputs = model.data_preprocessor(batch, training=True)
+        loss, _ = model.parse_losses(model(**inputs, mode='loss'))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim_wrapper.clip_grad.max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.long
+def test_mixed_precision_trains_as_float32_does(tmp_path):
+    """Mean loss of the last six of twelve steps: within three standard deviations of float32 with three seeds.
+
+    Measured: float32 1.55, 2.18, 2.00; bfloat16 1.58; float16 2.18. The first losses are about 4.
+    """
+    folder = tmp_path / 'shapes'
+    subprocess.run([sys.executable, ROOT / 'tools' / 'make_shapes_dataset.py', folder], check=True)
+    single = [shapes_losses(folder, torch.float32, seed, 12)[6:].mean() for seed in range(3)]
+    deviation, mean = torch.std_mean(torch.stack(single))
+    for dtype in HALF_DTYPES:
+        losses = shapes_losses(folder, dtype, 0, 12)
+        assert losses.isfinite().all()
+        assert (losses[6:].mean() - mean).abs() < 3 * deviation, dtype
+        assert losses[6:].mean() < 0.75 * losses[0], dtype

@@ -172,10 +172,11 @@ def test_many_shapes_do_not_leak():
     print(json.dumps([used_after_all_shapes() for _ in range(5)]))
     """
     used = run('-c', textwrap.dedent(code))
-    print(used)
+    # Measured: 451, 459, 461, 463, 464 MiB. To keep the input of every step would be 6 MiB a round.
+    assert used[-1] - used[-2] < 3
 
 
 @pytest.mark.long
 def test_the_published_tiny_backbone_at_4096():
     (peak,) = peak_memory([(4096, 4096)], training=False, arch='tiny')
-    print(peak / 4096**2)
+    assert peak / 4096**2 < 280  # Measured: 254 bytes a pixel, 4.3 GB.
