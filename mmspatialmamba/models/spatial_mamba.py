@@ -4,6 +4,7 @@ Re-implemented from arXiv 2410.15091 (ICLR 2025) and from the behaviour of its p
 their own names (see `mmspatialmamba.checkpoint_names`).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -241,6 +242,19 @@ class SpatialMamba(BaseModule):
         expected = self.stem.reduce.conv.in_channels
         if x.ndim != 4 or x.shape[1] != expected or 0 in x.shape[2:]:
             raise ValueError(f'SpatialMamba: expected an image batch (N, {expected}, H, W), got {tuple(x.shape)}')
+        try:
+            return self._compute_maps(x)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
+                print_log(
+                    f'SpatialMamba: out of memory for an image batch {tuple(x.shape)}. Lower the batch size or the '
+                    'size of the images, set with_cp=True on the backbone, or train with --amp.',
+                    logger='current',
+                    level=logging.ERROR,
+                )
+            raise
+
+    def _compute_maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         maps = {}
         recompute = self.with_cp and torch.is_grad_enabled()
         x = self.stem(x)
