@@ -8,6 +8,7 @@ plain dict.
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -55,7 +56,19 @@ def read_local(filename: str, map_location: str | torch.device | None = None) ->
     """
     if not os.path.isfile(os.path.expanduser(filename)):
         raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
-    return _read(mmengine_checkpoint.load_from_local, filename, map_location)
+    return _read(_load_intact, filename, map_location)
+
+
+def _load_intact(filename: str, map_location: str | torch.device | None) -> dict:
+    """Reads a local file whose checksums are right, which ``torch.load`` does not look at."""
+    path = os.path.expanduser(filename)
+    if zipfile.is_zipfile(path):  # the format before PyTorch 1.6 has no checksums
+        with zipfile.ZipFile(path) as archive:
+            # torch.serialization.set_crc32_options(False) leaves zeros.
+            checked = any(record.CRC for record in archive.infolist())
+            if checked and (record := archive.testzip()):
+                raise ValueError(f'the checksum of its record {record} is wrong')
+    return mmengine_checkpoint.load_from_local(filename, map_location=map_location)
 
 
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
