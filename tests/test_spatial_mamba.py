@@ -11,6 +11,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmspatialmamba import SpatialMamba
+from mmspatialmamba.models.layers import MLP, ConvNorm
 from mmspatialmamba.models.ssm import StructureAwareSSM
 
 SMALL = {'embed_dims': 8, 'depths': (1, 1, 2, 1)}
@@ -46,6 +47,33 @@ def test_any_size_gives_contiguous_maps_at_four_strides(size):
 
 def test_empty_batch():
     assert [out.shape[0] for out in small().eval()(image(batch=0))] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_batchnorm_in_the_convolution_equals_the_two(bias):
+    torch.manual_seed(0)
+    layer = ConvNorm(3, 5, 3, stride=2, bias=bias).double()
+    layer(torch.randn(4, 3, 9, 8).double())  # moves the running statistics
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    layer.eval()
+    x = torch.randn(2, 3, 9, 8).double()
+    actual, expected = layer(x), layer.norm(layer.conv(x))
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-14)  # measured: 9e-16
+    parameters = list(layer.parameters())
+    gradients = torch.autograd.grad(actual.square().sum(), parameters)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), parameters))
+    layer.norm = nn.Identity()
+    assert torch.equal(layer(x), layer.conv(x))
+
+
+@pytest.mark.parametrize('tokens', [1, MLP.TOKENS_AT_ONCE, 2 * MLP.TOKENS_AT_ONCE + 5])
+def test_mlp_in_parts_equals_the_whole(tokens):
+    torch.manual_seed(0)
+    mlp = MLP(4).double()
+    x = torch.randn(1, tokens, 1, 4).double()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(mlp.fc1(x))), rtol=1e-13, atol=1e-15)  # measured: 0
 
 
 @pytest.mark.parametrize(
