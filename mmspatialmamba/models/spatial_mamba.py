@@ -267,6 +267,16 @@ class SpatialMamba(BaseModule):
                 x = stage.downsample(x)
         return tuple(maps[index] for index in self.out_indices)
 
+    def __prepare_scriptable__(self):
+        """Raises when `torch.jit.script` comes: it is deprecated, and compiles neither dicts of maps nor checkpointing.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            'SpatialMamba: torch.jit.script is not supported; use torch.export.export, torch.compile or torch.jit.trace'
+        )
+
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Returns the depth of a parameter, for layer-wise learning-rate decay; mmpretrain calls it too.
 
