@@ -131,7 +131,7 @@ def sync_bn(rank):
     """The message of SyncBatchNorm in training on the CPU, which it has no kernel for."""
     model = convert_sync_batchnorm(SpatialMamba(ARCH, drop_path_rate=0.0)).train()
     try:
-        model(own_images(rank))
+        model(own_images(rank).float())
     except ValueError as error:
         return str(error)
     return 'trained'
