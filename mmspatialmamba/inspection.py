@@ -3,6 +3,7 @@
 For analysis tools and notebooks; training and evaluation do not need it, and ``import mmspatialmamba`` leaves it out.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from .checkpoint import get_weights, load_from_local
 from .models import SpatialMamba
 from .models.ssm import StructureAwareSSM
 from .ops import selective_scan, state_fusion
+
+PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
 
 
 def read_config(name: str) -> Config:
@@ -111,6 +114,18 @@ def _load(model: nn.Module, checkpoint: str) -> None:
         names = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
         raise ValueError(f'{expected}, found none for {len(missing)} tensors of its backbone: {names}')
     model.dataset_meta = content.get('meta', {}).get('dataset_meta', {})
+
+
+def picture_path(value: str) -> Path:
+    """Returns the path of a picture to write, for ``argparse``: its suffix says the format.
+
+    Raises:
+        argparse.ArgumentTypeError: The format is not among `PICTURE_FORMATS`.
+    """
+    path = Path(value)
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise ArgumentTypeError(f'expected a file name that ends in {", ".join(PICTURE_FORMATS)}, got {value!r}')
+    return path
 
 
 def crop_image(path: Path, height: int, width: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_squares_against_a_search():
 def test_before_and_after_training(images, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / 'trained.pth'
     torch.save({'state_dict': build_model(read_config(str(QUICKSTART)), seed=5).state_dict()}, checkpoint)
-    args = (images, '--size', 64, 96, '--out', tmp_path / 'out')
+    args = (images, '--size', 64, 96, '--out', tmp_path / 'out' / 'erf.png')
     models = ('--model', 'A', QUICKSTART, checkpoint, '--model', 'B', QUICKSTART)
     run_tool(erf, *args, *models, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
@@ -102,9 +102,8 @@ def test_swin_and_resnet_of_the_toolbox(images, tmp_path, monkeypatch):
         '--model', 'Swin-T', 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
         '--model', 'ResNet-50', 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     )  # fmt: skip
-    run_tool(
-        erf, images, '--size', 64, 64, '--max-images', 1, '--out', tmp_path, *models, monkeypatch=monkeypatch
-    )  # fmt: skip
+    options = ('--size', 64, 64, '--max-images', 1, '--out', tmp_path / 'erf.jpg')
+    run_tool(erf, images, *options, *models, monkeypatch=monkeypatch)
     rows = list(csv.reader((tmp_path / 'erf.csv').read_text().splitlines()))
     assert len(rows) == 1 + 2 * 4 * 3
 
@@ -116,6 +115,10 @@ def test_swin_and_resnet_of_the_toolbox(images, tmp_path, monkeypatch):
         (('images', '--model', 'A', 'b.py'), 'b.py: expected a config file, found no such file'),
         (('images', '--model', 'A', QUICKSTART, 'c.pth'), 'c.pth: expected a checkpoint file, found no such file'),
         (('images', '--model', 'A', 'b.py', '--model', 'A', 'c.py'), 'expected a LABEL of its own for each model'),
+        (
+            ('images', '--model', 'A', QUICKSTART, '--out', 'erf.txt'),
+            ".webp, .svg, .pdf, got 'erf.txt'",
+        ),
         (('empty', '--model', 'A', QUICKSTART), 'empty: expected a folder of images'),
         (('images', '--size', 0, 8, '--model', 'A', QUICKSTART), 'expected at least 1 image of at least 1x1 pixel'),
     ],

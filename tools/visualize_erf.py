@@ -12,7 +12,7 @@ al., arXiv 1701.04128; the sum of positive features instead of all is that of Re
 because the features of a LayerNorm sum to a constant). Its size is the area of the smallest square that holds 20, 50
 or 99 % of all contribution, around the field's own middle: where the strided layers of a network look differs by up to
 half a stride. A model without CHECKPOINT has random weights; with one it is drawn before (random weights) and after.
-Writes ``erf.png`` and ``erf.csv``.
+Writes a picture and, beside it, a CSV file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mmengine.utils import track_iter_progress
 from torch import nn
 
 from mmspatialmamba.checkpoint import CheckpointError
-from mmspatialmamba.inspection import build_model, crop_image, normalize, read_config
+from mmspatialmamba.inspection import build_model, crop_image, normalize, picture_path, read_config
 
 SHARES = {0.2: 'white', 0.5: 'cyan', 0.99: 'lime'}
 """Shares of the contribution whose area is measured, and the colours of their squares."""
@@ -109,7 +109,7 @@ def receptive_fields(model: nn.Module, images: list[Path], height: int, width: i
 
 
 def draw(rows: list[tuple[str, list[Field]]], path: Path) -> None:
-    """Draws a row of fields for each model, with the squares of ``SHARES``, and writes a PNG file."""
+    """Draws a row of fields for each model, with the squares of ``SHARES``, and writes the picture."""
     columns = max(len(fields) for _, fields in rows)
     height, width = rows[0][1][0].contribution.shape
     figure = Figure(figsize=(2.8 * columns + 1.2, (2.8 * height / width + 0.5) * len(rows) + 0.7), layout='constrained')
@@ -176,7 +176,12 @@ def main() -> None:
     parser.add_argument('--size', type=int, nargs=2, default=(512, 512), metavar=('HEIGHT', 'WIDTH'), help='in pixels')
     parser.add_argument('--max-images', type=int, default=20, help='number of images to average over (default 20)')
     parser.add_argument('--seed', type=int, default=0, help='of random weights')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/erf'), help='folder to write')
+    parser.add_argument(
+        '--out',
+        type=picture_path,
+        default=Path('work_dirs/erf.png'),
+        help='picture to write; the table lies beside it',
+    )
     args = parser.parse_args()
     for model in args.model:
         if len(model) not in (2, 3):
@@ -200,11 +205,12 @@ def main() -> None:
             rows.append((row, receptive_fields(model, images, *args.size)))
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f'visualize_erf: {error}')
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, args.out / 'erf.png')
-    write_csv(rows, args.out / 'erf.csv')
-    print((args.out / 'erf.csv').read_text(), end='')
-    print(f'wrote {args.out / "erf.png"} and {args.out / "erf.csv"}')
+    table = args.out.with_suffix('.csv')
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(rows, args.out)
+    write_csv(rows, table)
+    print(table.read_text(), end='')
+    print(f'wrote {args.out} and {table}')
 
 
 if __name__ == '__main__':

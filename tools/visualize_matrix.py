@@ -31,7 +31,15 @@ from mmspatialmamba.ops import structure_aware_ssm
 from mmspatialmamba.ops.state_fusion import TAP_OFFSETS
 
 from mmspatialmamba.checkpoint import CheckpointError
-from mmspatialmamba.inspection import SSMRecord, build_model, crop_image, normalize, read_config, record_ssm
+from mmspatialmamba.inspection import (
+    SSMRecord,
+    build_model,
+    crop_image,
+    normalize,
+    picture_path,
+    read_config,
+    record_ssm,
+)
 
 TOLERANCE = 1e-12
 """Largest difference between M u and the op, relative to the largest (M - D I) u; up to 4e-14 was measured."""
@@ -107,7 +115,7 @@ def summarize(record: SSMRecord) -> tuple[np.ndarray, float]:
 
 
 def draw(pictures: dict[str, np.ndarray], height: int, width: int, title: str, path: Path) -> None:
-    """Draws the matrices above what the middle token reads, and writes a PNG file."""
+    """Draws the matrices above what the middle token reads, and writes the picture."""
     middle = (height // 2) * width + width // 2
     figure = Figure(figsize=(11, 7.6), layout='constrained')
     figure.suptitle(title, fontsize=10)
@@ -139,7 +147,12 @@ def main() -> int:
         '--grid', type=int, nargs=2, default=(8, 8), metavar=('HEIGHT', 'WIDTH'), help='of tokens (default 8 8)'
     )
     parser.add_argument('--seed', type=int, default=0, help='of random weights and pixels')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/matrix.png'), help='PNG file to write')
+    parser.add_argument(
+        '--out',
+        type=picture_path,
+        default=Path('work_dirs/matrix.png'),
+        help='picture to write',
+    )
     args = parser.parse_args()
     height, width = args.grid
     if min(args.grid) < 1 or height * width > MOST_TOKENS:

@@ -32,6 +32,7 @@ from mmspatialmamba.inspection import (
     SSMRecord,
     build_model,
     last_blocks,
+    picture_path,
     prepare,
     read_config,
     record_ssm,
@@ -56,7 +57,7 @@ def summarize(values: torch.Tensor, channel: int | None) -> np.ndarray:
 def draw_states(
     sample: Sample, records: dict[tuple[int, int], SSMRecord], channel: int | None, title: str, path: Path
 ) -> None:
-    """Draws the image and, in a row for each block, its maps; writes a PNG file."""
+    """Draws the image and, in a row for each block, its maps; writes the picture."""
     height, width = sample.image.shape[:2]
     padded = sample.inputs.shape[2:]
     shape = (len(records), len(MAPS) + 1)
@@ -117,7 +118,8 @@ def find_answer(result: BaseDataElement, label: int | None) -> Answer:
     """
     if 'pred_instances' in result:
         instances = result.pred_instances
-        found = f'objects of the classes {sorted(set(instances.labels.tolist()))}'
+        classes = sorted(set(instances.labels.tolist()))
+        found = f'objects of the classes {classes}' if classes else 'no object'
         if label is not None:
             instances = instances[instances.labels == label]
         if len(instances):
@@ -184,7 +186,7 @@ def describe(answer: Answer, model: nn.Module) -> str:
 
 
 def draw_cam(sample: Sample, maps: list[np.ndarray], answer: Answer, title: str, path: Path) -> None:
-    """Draws the image with the object, if the answer is one, and each map over the image; writes a PNG file."""
+    """Draws the image with the object, if the answer is one, and each map over the image; writes the picture."""
     height, width = sample.image.shape[:2]
     figure = Figure(figsize=(3.2 * (len(maps) + 1), 3 * height / width + 0.9), layout='constrained')
     figure.suptitle(title, fontsize=10)
@@ -221,7 +223,12 @@ def main() -> None:
         command.add_argument('config', help='config of the model')
         command.add_argument('image', type=Path, help='image file')
         command.add_argument('--checkpoint', required=name == 'cam', help='of the model; without one, random weights')
-        command.add_argument('--out', type=Path, default=Path(f'work_dirs/{name}.png'), help='PNG file to write')
+        command.add_argument(
+            '--out',
+            type=picture_path,
+            default=Path(f'work_dirs/{name}.png'),
+            help='picture to write',
+        )
     args = parser.parse_args()
     if args.command == 'cam' and importlib.util.find_spec('captum') is None:
         sys.exit('visualize_states: cam needs Captum: pip install captum')
