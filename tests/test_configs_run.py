@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.fileio import dump
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
 pytestmark = pytest.mark.end_to_end
@@ -101,3 +105,31 @@ def test_config_trains_and_predicts(path):
     with torch.no_grad():
         predictions = model.eval().test_step(data)
     assert len(predictions) == 2
+
+
+def test_files_of_four_channels_reach_the_model(tmp_path):
+    config = Config.fromfile(CONFIGS / 'finetune_mask_rcnn_sm_t_4ch.py')
+    (tmp_path / 'train2017').mkdir()
+    rng = np.random.default_rng(0)
+    mmcv.imwrite(rng.integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8), str(tmp_path / 'train2017' / '0.png'))
+    square = [4, 4, 40, 4, 40, 40, 4, 40]
+    instance = {
+        'id': 1, 'image_id': 0, 'category_id': 1, 'bbox': [4, 4, 36, 36], 'area': 1296, 'iscrowd': 0,
+        'segmentation': [square],
+    }  # fmt: skip
+    categories = [{'id': i + 1, 'name': name} for i, name in enumerate(config.classes)]
+    images = [{'id': 0, 'file_name': '0.png', 'height': SIDE, 'width': SIDE}]
+    dump({'images': images, 'annotations': [instance], 'categories': categories}, tmp_path / 'instances.json')
+
+    init_default_scope('mmdet')
+    dataset = config.train_dataloader.dataset
+    dataset.update(data_root=str(tmp_path), ann_file='instances.json')
+    dataset.pipeline[2].scale = (SIDE, SIDE)
+    config.model.backbone.arch = {'embed_dims': 64, 'depths': (1, 1, 1, 1)}
+    data = pseudo_collate([DATASETS.build(dataset)[0]] * 2)
+    assert data['inputs'][0].shape == (4, SIDE, SIDE)
+    assert abs(data['inputs'][0].mean()) < 1  # normalized
+    model = MODELS.build(config.model)
+    model.train()
+    loss, _ = model.parse_losses(model(**model.data_preprocessor(data, training=True), mode='loss'))
+    assert loss.isfinite()
