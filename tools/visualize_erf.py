@@ -12,7 +12,8 @@ al., arXiv 1701.04128; the sum of positive features instead of all is that of Re
 because the features of a LayerNorm sum to a constant). Its size is the area of the smallest square that holds 20, 50
 or 99 % of all contribution, around the field's own middle: where the strided layers of a network look differs by up to
 half a stride. A model without CHECKPOINT has random weights; with one it is drawn before (random weights) and after.
-Writes a picture and, beside it, a CSV file.
+Random weights are those that the toolbox would train from: mmdet's ResNet has residual branches of zero then, so that
+its field is that of its shortcuts. Writes a picture and, beside it, a CSV file.
 """
 
 import argparse
