@@ -54,7 +54,9 @@ def build_model(config: Config, checkpoint: str | None = None, seed: int = 0) ->
     """Builds the model of a config in evaluation mode on the CPU, with random weights or those of a checkpoint.
 
     Whatever weights the config itself names are left out: without ``checkpoint`` the model is as before any training.
-    With one, ``model.dataset_meta`` holds the names of the classes, if the checkpoint does.
+    With one, ``model.dataset_meta`` holds the names of the classes, if the checkpoint does. The norms of a
+    `SpatialMamba`'s outputs, which a classifier's file lacks, keep their initial values then, as when a detector is
+    trained from it.
 
     Args:
         config: Config of mmdet, mmseg or mmpretrain.
@@ -64,8 +66,8 @@ def build_model(config: Config, checkpoint: str | None = None, seed: int = 0) ->
     Raises:
         FileNotFoundError: There is no such checkpoint.
         mmspatialmamba.checkpoint.CheckpointError: The checkpoint cannot be read.
-        ValueError: The checkpoint is not one of this model: not all tensors of the backbone are in it, or their shapes
-            differ.
+        ValueError: The checkpoint is not one of this model: not all tensors of the backbone are in it (but norms of
+            outputs), or shapes differ.
     """
     model_config = _without_pretrained(config.model)
     model_config.setdefault('data_preprocessor', config.get('data_preprocessor'))  # mmpretrain's stands beside it
@@ -109,7 +111,7 @@ def _load(model: nn.Module, checkpoint: str) -> None:
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
         raise ValueError(f'{expected}, found {" ".join(str(error).split())}') from error
-    missing = [name for name in missing if name.startswith('backbone.')]
+    missing = [name for name in missing if name.startswith('backbone.') and '.out_norms.' not in name]
     if missing:
         names = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
         raise ValueError(f'{expected}, found none for {len(missing)} tensors of its backbone: {names}')
