@@ -80,7 +80,9 @@ def test_gradients_of_training(with_cp):
 
 
 @pytest.mark.end_to_end
-def test_inductor_compiles_tiny_for_all_sizes():
-    model, first = build('tiny', (0, 1, 2, 3)), images(2, 224, 224)
+def test_inductor_serves_all_sizes():
+    model, first = build(out_indices=(0, 1, 2, 3)), images(*SIZES[0])
     mark_dynamic(first)
-    assert_one_graph_serves_all_sizes(model, torch.compile(model, fullgraph=True), first)
+    # Inductor's choice of layouts fails on the symbolic strides of the maps (PyTorch 2.13).
+    compiled = torch.compile(model, fullgraph=True, options={'layout_optimization': False})
+    assert_one_graph_serves_all_sizes(model, compiled, first)

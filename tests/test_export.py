@@ -99,7 +99,12 @@ def test_int8_dynamic_quantization_of_linear_layers():
 def test_aot_inductor_takes_any_size(exported, tmp_path):
     model, program = exported
     with torch.no_grad():
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
+        path = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / 'model.pt2'),
+            # Inductor's choice of layouts fails on the symbolic strides of the maps (PyTorch 2.13).
+            inductor_configs={'layout_optimization': False},
+        )
     loaded = torch._inductor.aoti_load_package(path)
     for size in SIZES:
         assert_equal(loaded, model, size)
