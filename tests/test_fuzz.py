@@ -121,7 +121,7 @@ def test_structure_aware_ssm(batch, height, width, channels, rank, dtype, layout
 
 
 anything = st.one_of(
-    st.none(), st.booleans(), st.integers(-10, 10), st.floats(), st.text(max_size=3), st.lists(st.integers(-3, 3)),
+    st.none(), st.booleans(), st.integers(-10, 10), st.floats(), st.sampled_from(['', '1', 'tiny']), st.lists(st.integers(-3, 3)),
     st.just(torch.ones(2)), st.just(torch.ones(2, 5, 1, dtype=torch.int64)), st.just(torch.ones(2, 5, 1)),
 )  # fmt: skip
 

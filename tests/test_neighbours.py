@@ -50,6 +50,7 @@ def test_beside_a_package_called_models(tmp_path):
     assert run(code, tmp_path) == 'somebody else - somebody else\n'
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize('method', ['spawn', 'fork'])
 def test_workers_of_a_data_loader(method, tmp_path):
     """Workers compute features themselves, after the parent has used the ops: what they give equals the parent's."""
