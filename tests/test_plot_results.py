@@ -110,6 +110,17 @@ def test_page_holds_every_figure(run, benchmark):
     assert ['64x64', 'spatial_mamba_t', '12.5', '11.25', '16.25', '1', '125'] in cells
 
 
+def test_rows_of_one_name_have_bars_of_their_own(tmp_path):
+    row = {'shape': 't1', 'row': 'copy', 'quartile_1_ms': 1.0, 'quartile_3_ms': 9.0}
+    rows = [{**row, 'median_ms': 2.5}, {**row, 'median_ms': 3.5}]  # tools/benchmark.py copies once for each op
+    path = tmp_path / 'ops.json'
+    path.write_text(json.dumps({'header': {}, 'rows': rows}))
+    (bars,) = pictures(plot_results.report([plot_results.read(path)], 'Results'))
+    places = re.findall(r'text-anchor: start" x="[\d.]+" y="([\d.]+)"[^>]*>[23]\.5</text>', bars)
+    assert len(places) == len(set(places)) == 2
+    assert bars.count('>copy, t1</text>') == 2
+
+
 def test_runs_by_epoch_and_by_iteration_do_not_share_a_chart(run, tmp_path):
     other = write_log(tmp_path / 'seg.json', [train(1000), {'mIoU': 40.5, 'step': 1000}])
     page = plot_results.report([plot_results.read(run), plot_results.read(other)], 'Results')

@@ -247,25 +247,19 @@ def benchmark_section(benchmark: Benchmark) -> Section:
     place = 'size' if 'size' in benchmark.rows[0] else 'shape'
     groups = list(dict.fromkeys(row[place] for row in benchmark.rows))
     names = list(dict.fromkeys(row['row'] for row in benchmark.rows))
+    positions = [index + groups.index(row[place]) for index, row in enumerate(benchmark.rows)]  # a gap between groups
     measures = [name for name in BENCHMARK_UNITS if name in benchmark.rows[0]]
-    bars = len(groups) * len(names)
-    figure = Figure(figsize=(11.5, 0.28 * bars + 1.6), layout='constrained')
+    figure = Figure(figsize=(11.5, 0.28 * len(positions) + 1.6), layout='constrained')
     for axis, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
-        for row in benchmark.rows:
-            index = names.index(row['row'])
-            position = groups.index(row[place]) * (len(names) + 1) + index
+        for position, row in zip(positions, benchmark.rows, strict=True):
             value, end, spread = row[measure], row[measure], None
             if measure == 'median_ms':
                 end = max(value, row['quartile_3_ms'])
                 spread = [[max(0, value - row['quartile_1_ms'])], [end - value]]
-            axis.barh(position, value, color=f'C{index}', xerr=spread, capsize=2)
+            axis.barh(position, value, color=f'C{names.index(row["row"])}', xerr=spread, capsize=2)
             axis.annotate(f'{value:.4g}', (end, position), (6, 0), textcoords='offset points', va='center', size=7)
-        axis.set_yticks(
-            [group * (len(names) + 1) + index for group in range(len(groups)) for index in range(len(names))],
-            [f'{name}, {group}' for group in groups for name in names],
-            fontsize=8,
-        )
-        axis.invert_yaxis()
+        axis.set_yticks(positions, [f'{row["row"]}, {row[place]}' for row in benchmark.rows], fontsize=8)
+        axis.set_ylim(positions[-1] + 0.7, -0.7)
         axis.set_xlabel(BENCHMARK_UNITS[measure], fontsize=9)
         axis.set_xlim(0, axis.get_xlim()[1] * 1.12)
         axis.tick_params(axis='x', labelsize=8)
