@@ -73,4 +73,4 @@ add_module_names = False
 copybutton_exclude = '.linenos, .gp, .go'
 
 html_theme = 'furo'
-html_title = f'mmspatialmamba {version}'
+html_title = 'Spatial-Mamba for OpenMMLab'
