@@ -79,9 +79,9 @@ def test_notebook_trains_a_detector():
 
 @pytest.mark.end_to_end
 def test_site_builds_without_a_warning(tmp_path):
-    command = (sys.executable, '-m', 'sphinx', '--fail-on-warning', '--keep-going', '--fresh-env', '--quiet')
+    command = (sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q')
     result = subprocess.run(
-        (*command, '--doctree-dir', tmp_path / 'doctrees', DOCS, tmp_path / 'site'),
+        (*command, '-d', tmp_path / 'doctrees', DOCS, tmp_path / 'site'),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
