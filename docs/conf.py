@@ -31,7 +31,7 @@ def zoo_table(models: list[dict], task: str) -> str:
                 *(f'{found[name]:.1f}' if name in found else '–' for name in names),
                 f'{meta["Parameters"] / 1e6:g}',
                 f'{meta["FLOPs"] / 1e9:g}',
-                'x'.join(map(str, meta['Input Size'])),
+                meta['Input Size'],
                 schedule,
                 f'[file]({model["Weights"]})',
             ]
