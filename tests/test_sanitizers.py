@@ -26,6 +26,10 @@ def runtime(name):
     return path
 
 
+def run(folder, environment, *arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def usable(variant):
     return variant == 'default' or torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
 
@@ -61,22 +65,12 @@ def test_kernels_under_sanitizers(variant, tmp_path):
         'OMP_NUM_THREADS': '2',
     }
     check = 'import mmspatialmamba.ops as ops; print(ops.__file__, ops.backends()["cpu"].implementation)'
-    loaded = subprocess.run(
-        [sys.executable, '-c', check], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    loaded = run(tmp_path, environment, '-c', check)
     assert loaded.stdout.split() == [str(package / 'ops' / '__init__.py'), 'cpp'], loaded.stderr[-4000:]
+    unprotected = run(tmp_path, {**environment, 'LD_PRELOAD': ''}, '-c', check)
+    assert 'ASan runtime does not come first' in unprotected.stderr  # so the kernels are those with checks
 
-    command = [
-        sys.executable,
-        '-m',
-        'pytest',
-        '-q',
-        '-p',
-        'no:cacheprovider',
-        ROOT / 'tests' / 'test_ops_cpp.py',
-        '-k',
-        CASES,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    cases = (ROOT / 'tests' / 'test_ops_cpp.py', '-k', CASES)
+    done = run(tmp_path, environment, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *cases)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert 'skipped' not in done.stdout
