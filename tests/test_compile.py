@@ -10,8 +10,8 @@ from mmspatialmamba import SpatialMamba
 SMALL = {'embed_dims': 8, 'depths': (1, 1, 1, 1)}
 SIZES = ((2, 64, 96), (3, 224, 200), (2, 97, 33), (4, 33, 130))
 
-TOLERANCE = 5e-5
-"""Ten times the largest relative error of a float32 map, measured over SIZES and models here: 4.9e-6."""
+TOLERANCE = 3e-6
+"""Ten times the largest relative error of a float32 map, measured with Inductor; other backends: 0. It was 2.9e-7."""
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_setup  # noqa: F401, before mmpretrain
 from oracles import fusion_convolutions, relative_error, scan_inputs, scan_loop, ssm_arguments, ssm_inputs, ssm_loop
 from torch import nn
 
@@ -27,8 +28,8 @@ SMALL = {'embed_dims': 8, 'depths': (1, 1, 1, 1)}
 GRIDS = ((4, 5), (1, 1), (1, 17), (19, 1), (11, 6), (7, 13))
 """Grids (H, W); the first is the exported one."""
 
-TOLERANCE = 5e-6
-"""Ten times the largest relative error of an op in float32, measured over GRIDS: 4.6e-7."""
+TOLERANCE = 4e-6
+"""Ten times the largest relative error of an op in float32, measured over GRIDS and decays: 4.0e-7."""
 
 
 class Call(nn.Module):
@@ -236,7 +237,7 @@ def test_tiny():
     model, program = export_backbone('tiny', (2, 64, 96))
     session = open_session(program)
     for size in ((1, 224, 224), (2, 97, 250)):
-        assert worst_error(session, model, size) < 1e-4  # measured: 5e-6
+        assert worst_error(session, model, size) < 1e-5  # measured at 224x224: 5.2e-7
 
 
 @pytest.mark.end_to_end

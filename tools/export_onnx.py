@@ -55,7 +55,7 @@ def _flatten(outputs: torch.Tensor | list | tuple) -> list[torch.Tensor]:
 
 def compute_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Returns a segmentor's logits at the size of the images, (N, classes, H, W)."""
-    return model.encode_decode(images, [{'img_shape': images.shape[2:]}] * len(images))
+    return model.encode_decode(images, [{'img_shape': images.shape[2:]}])  # it reads the first image's alone
 
 
 def compute_dense_head(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
