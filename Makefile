@@ -1,6 +1,8 @@
 # make quickstart   environment, shapes data, training, evaluation, pictures
 # make test         unit tests
 # make test-end-to-end   tests that train and evaluate
+# make test-all     these and what stresses longer: sanitizers, 4096x4096, every family of the toolboxes (an hour)
+# make docs         documentation site, into work_dirs/site
 # make lint         ruff
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := $(abspath $(VENV))/bin
 QUICKSTART := work_dirs/quickstart
 QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
 
-.PHONY: env quickstart test test-end-to-end lint
+.PHONY: env quickstart test test-end-to-end test-all docs lint
 
 env: $(VENV)/.complete
 
@@ -22,7 +24,8 @@ $(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/csr
 	$(BIN)/pip install -r requirements/build.txt
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"
 	MMCV_WITH_OPS=1 CFLAGS="-g0 -O2" $(BIN)/pip install --no-build-isolation \
-		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt
+		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt \
+		-r requirements/docs.txt -r requirements/export.txt
 	$(BIN)/python -c "import triton" || $(BIN)/pip install triton==3.6.0  # which a CPU build of PyTorch lacks
 	$(BIN)/pip install --no-deps openmim==0.3.9
 	$(BIN)/pip install --no-deps --target $(VENV)/torchvision $(TORCHVISION)
@@ -41,10 +44,16 @@ data/shapes/complete.json: | env
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes
 
 test: env
-	$(BIN)/pytest -m "not end_to_end"
+	$(BIN)/pytest -m "not end_to_end and not long"
 
 test-end-to-end: env
-	$(BIN)/pytest -m end_to_end
+	$(BIN)/pytest -m "end_to_end and not long"
+
+test-all: env
+	$(BIN)/pytest
+
+docs: env
+	$(BIN)/sphinx-build -W --keep-going -b html docs work_dirs/site
 
 lint: env
 	$(BIN)/ruff check .

@@ -88,6 +88,6 @@ setup(
     install_requires=['torch>=2.6'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
-    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'test')},
+    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
     **build_ops(),
 )

@@ -68,10 +68,15 @@ def test_wheel_works_without_the_checkout(distributions, tmp_path):
     _, wheel = distributions
     site = tmp_path / 'site'
     zipfile.ZipFile(wheel).extractall(site)
+    (tmp_path / 'own.py').write_text("_base_ = [__import__('mmspatialmamba').config_path('quickstart_mask_rcnn.py')]")
     code = (
-        'import mmspatialmamba, torch; '
-        'model = mmspatialmamba.SpatialMamba(dict(embed_dims=8, depths=(1, 1, 1, 1))).eval(); '
-        'print(mmspatialmamba.__file__, len(model(torch.zeros(1, 3, 32, 32))))'
+        'import mmspatialmamba\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.registry import MODELS, init_default_scope\n'
+        'config = Config.fromfile("own.py")\n'
+        'init_default_scope(config.default_scope)\n'
+        'model = MODELS.build(config.model)\n'
+        'print(mmspatialmamba.__file__, type(model).__name__, type(model.backbone).__name__)'
     )
     result = subprocess.run(
         [sys.executable, '-c', code],
@@ -81,10 +86,19 @@ def test_wheel_works_without_the_checkout(distributions, tmp_path):
         text=True,
         check=True,
     )
-    assert result.stdout.split() == [str(site / 'mmspatialmamba' / '__init__.py'), '4']
+    assert result.stdout.split() == [str(site / 'mmspatialmamba' / '__init__.py'), 'MaskRCNN', 'SpatialMamba']
 
 
 def test_sdist_holds_what_a_build_needs(distributions):
     unpacked, _ = distributions
     for name in ('README.md', 'LICENSE', 'requirements/openmmlab.txt', 'ops/library.py'):
         assert (unpacked / name).exists(), name
+
+
+def test_mim_reads_the_metafile():
+    from mim.commands.search import convert2df
+    from modelindex.load_model_index import load
+
+    models = convert2df(load(str(ROOT / 'model-index.yml')))
+    assert len(models) == 11
+    assert [name for name in models.index if not (ROOT / 'configs' / f'{name}.py').exists()] == []
