@@ -97,7 +97,7 @@ def test_int8_dynamic_quantization_of_linear_layers():
 
 @pytest.mark.end_to_end
 def test_aot_inductor_takes_any_size(tmp_path):
-    model = build(out_indices=(0, 1))
+    model = build(out_indices=(0,))  # every stage compiles for tens of seconds
     program = export(model)
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
