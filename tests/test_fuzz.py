@@ -121,8 +121,9 @@ def test_structure_aware_ssm(batch, height, width, channels, rank, dtype, layout
 
 
 anything = st.one_of(
-    st.none(), st.booleans(), st.integers(-10, 10), st.floats(), st.sampled_from(['', '1', 'tiny']), st.lists(st.integers(-3, 3)),
-    st.just(torch.ones(2)), st.just(torch.ones(2, 5, 1, dtype=torch.int64)), st.just(torch.ones(2, 5, 1)),
+    st.none(), st.booleans(), st.integers(-10, 10), st.floats(), st.sampled_from(['', '1', 'tiny']),
+    st.lists(st.integers(-3, 3)), st.just(torch.ones(2)), st.just(torch.ones(2, 5, 1)),
+    st.just(torch.ones(2, 5, 1, dtype=torch.int64)),
 )  # fmt: skip
 
 
