@@ -1,8 +1,9 @@
 """What the ops cost, for MMEngine's complexity analysis.
 
-MMEngine counts one operation per multiply-add, and nothing for an op that it does not know. `register` makes the three
-ops of this package known to it, so that its `get_model_complexity_info` and the tools of the toolboxes count them. A
-product counts as a multiply-add without the addition; exp and softplus count nothing, as activations in MMEngine.
+MMEngine counts one operation per multiply-add, and nothing for an op that it does not know. `register` makes the ops
+of this package known to it, so that its `get_model_complexity_info` and the tools of the toolboxes count them. A
+product counts as a multiply-add without the addition; exp and softplus count nothing, as activations in MMEngine. A
+depthwise convolution and a norm count what MMEngine counts for PyTorch's own: 9 and 5 for each element.
 
 Per token and inner channel, with R the rank of the step size:
 
@@ -33,6 +34,9 @@ SCAN_OPERATIONS = 4
 OBSERVATION_OPERATIONS = 2
 """Multiply-adds of the observation per token and channel."""
 
+NORM_OPERATIONS = 5
+"""MMEngine's estimate for a norm with scale and shift, per element."""
+
 
 def count_selective_scan(inputs: list, outputs: list) -> Counter:
     """Counts `mmspatialmamba.ops.selective_scan`: 4 for each element of the state.
@@ -59,7 +63,19 @@ def count_structure_aware_ssm(inputs: list, outputs: list) -> Counter:
     return scan_and_fusion + Counter(step_size=rank * elements, observation=OBSERVATION_OPERATIONS * elements)
 
 
+def count_depthwise_conv(inputs: list, outputs: list) -> Counter:
+    """Counts `mmspatialmamba.ops.depthwise_conv`: one for each tap and element. See `count_selective_scan`."""
+    return Counter(conv=prod(_shape(inputs[1])[2:]) * prod(_shape(outputs[0])))
+
+
+def count_gated_norm(inputs: list, outputs: list) -> Counter:
+    """Counts `mmspatialmamba.ops.gated_norm`: its LayerNorm, as MMEngine does. See `count_selective_scan`."""
+    return Counter(layer_norm=NORM_OPERATIONS * prod(_shape(outputs[0])))
+
+
 HANDLES: dict[str, Callable[[list, list], Counter]] = {
+    'mmspatialmamba::depthwise_conv': count_depthwise_conv,
+    'mmspatialmamba::gated_norm': count_gated_norm,
     'mmspatialmamba::selective_scan': count_selective_scan,
     'mmspatialmamba::state_fusion': count_state_fusion,
     'mmspatialmamba::structure_aware_ssm': count_structure_aware_ssm,

@@ -104,6 +104,30 @@ def structure_aware_ssm(u, dt, B, C, dt_weight, dt_bias, A, D, taps):
     return op.CastLike(y, u)
 
 
+def depthwise_conv(x, weight, bias, stride, activation, relu_input, residual):
+    """Translates `mmspatialmamba.ops.depthwise_conv`."""
+    x_acc = op.CastLike(x, weight)
+    if relu_input:
+        x_acc = op.Relu(x_acc)
+    image = op.Transpose(x_acc, perm=[0, 3, 1, 2])
+    y = op.Conv(image, weight, bias, pads=[1, 1, 1, 1], strides=[stride, stride], group=weight.shape[0])
+    y = op.Transpose(y, perm=[0, 2, 3, 1])
+    if activation == 'silu':
+        y = op.Mul(y, op.Sigmoid(y))
+    elif activation == 'relu':
+        y = op.Relu(y)
+    if residual:
+        y = op.Add(x_acc, y)
+    return op.CastLike(y, x)
+
+
+def gated_norm(y, z, weight, bias, eps):
+    """Translates `mmspatialmamba.ops.gated_norm`."""
+    norm, _, _ = op.LayerNormalization(op.CastLike(y, weight), weight, bias, axis=-1, epsilon=eps)
+    gate = op.CastLike(z, weight)
+    return op.CastLike(op.Mul(norm, op.Mul(gate, op.Sigmoid(gate))), y)
+
+
 def adaptive_avg_pool2d(x, output_size):
     """Translates `torch.nn.functional.adaptive_avg_pool2d` of a map of any size, as products with two matrices.
 
@@ -125,6 +149,8 @@ def _averaging_matrix(x, axis: int, size: int):
 
 
 TRANSLATIONS = {
+    torch.ops.mmspatialmamba.depthwise_conv.default: depthwise_conv,
+    torch.ops.mmspatialmamba.gated_norm.default: gated_norm,
     torch.ops.mmspatialmamba.selective_scan.default: selective_scan,
     torch.ops.mmspatialmamba.state_fusion.default: state_fusion,
     torch.ops.mmspatialmamba.structure_aware_ssm.default: structure_aware_ssm,

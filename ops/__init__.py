@@ -4,10 +4,15 @@ Needs PyTorch only: the package works on its own on a machine that has nothing o
 """
 
 from .backends import Backend, backends, load_backends
+from .depthwise_conv import depthwise_conv
+from .gated_norm import gated_norm
 from .selective_scan import selective_scan
 from .state_fusion import fusion_taps, state_fusion
 from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
 
-__all__ = ['Backend', 'backends', 'fusion_taps', 'selective_scan', 'state_fusion', 'structure_aware_ssm']
+__all__ = [
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'selective_scan', 'state_fusion',
+    'structure_aware_ssm',
+]  # fmt: skip

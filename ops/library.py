@@ -23,18 +23,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def define(schema: str, reference: Callable, fake: Callable) -> None:
+def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
 
     Args:
         schema: The op's schema, without namespace. Its first argument is a channels-last map or sequence.
         reference: Computes the op with plain PyTorch, below autograd.
         fake: Computes the outputs' shapes and dtypes only.
+        slow: Whether the reference is so slow on long sequences that it warns.
     """
     name = schema.partition('(')[0]
 
     def kernel(*args):
-        _warn_if_slow(name, args[0])
+        if slow:
+            _warn_if_slow(name, args[0])
         return reference(*args)
 
     LIBRARY.define(schema)

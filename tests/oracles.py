@@ -85,6 +85,30 @@ def ssm_arguments(grid, channels=5, rank=2, batch=2, dtype=torch.float64, seed=0
     return (*inputs, fusion_taps(*kernels, alpha))
 
 
+def conv_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=3):
+    """x, weight, bias of `depthwise_conv`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    weight, bias = normal(channels, 1, 3, 3), normal(channels)
+    return normal(batch, *grid, channels).to(dtype), weight.to(parameter_dtype), bias.to(parameter_dtype)
+
+
+def norm_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=4):
+    """y, z, weight, bias of `gated_norm`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    maps = [3 * normal(batch, *grid, channels).to(dtype) for _ in range(2)]
+    return *maps, normal(channels).to(parameter_dtype), normal(channels).to(parameter_dtype)
+
+
 def require_grad(*tensors):
     """Leaf copies that require gradients."""
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,9 @@ def test_each_op_is_counted_by_its_formula():
         'state_fusion': 25 * tokens * E,
         'observation': 2 * tokens * E,
     }
+    conv = partial(ops.depthwise_conv, stride=2)
+    assert count(conv, maps[0], ones(E, 1, 3, 3), ones(E)) == {'conv': 9 * N * 2 * 3 * E}
+    assert count(ops.gated_norm, maps[0], maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
 
 
 def count_backbone(model, height, width):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmspatialmamba.ops import selective_scan, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops import depthwise_conv, gated_norm, selective_scan, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
+from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
 from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
-from oracles import scan_inputs, ssm_arguments
+from oracles import conv_arguments, norm_arguments, scan_inputs, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
 
@@ -117,6 +119,43 @@ def test_structure_aware_ssm(batch, height, width, channels, rank, dtype, layout
     check(
         structure_aware_ssm, structure_aware_ssm_reference, structure_aware_ssm_backward_reference,
         ssm_arguments((height, width), channels, rank, batch, dtype, seed), 4, layouts, device, seed,
+    )  # fmt: skip
+
+
+@FUZZ
+@given(
+    batch, dimension, dimension, channels, dtypes, st.sampled_from(LAYOUTS), devices, seeds,
+    st.tuples(st.sampled_from((1, 2)), st.sampled_from(('none', 'silu', 'relu')), st.booleans(), st.booleans()),
+)  # fmt: skip
+def test_depthwise_conv(batch, height, width, channels, dtype, layout, device, seed, options):
+    stride, activation, relu_input, residual = options
+    named = {
+        'stride': stride, 'activation': activation, 'relu_input': relu_input, 'residual': residual and stride == 1,
+    }  # fmt: skip
+
+    def bind(function):
+        return lambda *tensors: function(*tensors, **named)
+
+    check(
+        bind(depthwise_conv), bind(depthwise_conv_reference), bind(depthwise_conv_backward_reference),
+        conv_arguments((height, width), channels, dtype, batch, seed), 1, (layout,), device, seed,
+    )  # fmt: skip
+
+
+@FUZZ
+@given(
+    batch, dimension, dimension, channels, dtypes, st.tuples(*[st.sampled_from(LAYOUTS)] * 2), devices, seeds,
+    st.sampled_from((1e-5, 1.0)),
+)  # fmt: skip
+def test_gated_norm(batch, height, width, channels, dtype, layouts, device, seed, eps):
+    channels += 1  # a single channel is its own mean, and its gradient nothing but rounding
+
+    def bind(function):
+        return lambda *tensors: function(*tensors, eps)
+
+    check(
+        bind(gated_norm), bind(gated_norm_reference), bind(gated_norm_backward_reference),
+        norm_arguments((height, width), channels, dtype, batch, seed), 2, layouts, device, seed,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 import torch
-from mmspatialmamba.ops import selective_scan, state_fusion, structure_aware_ssm
-from oracles import require_grad, scan_inputs, ssm_arguments
+from mmspatialmamba.ops import depthwise_conv, gated_norm, selective_scan, state_fusion, structure_aware_ssm
+from oracles import conv_arguments, norm_arguments, require_grad, scan_inputs, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
 
@@ -181,6 +181,8 @@ def op_calls():
         ('selective_scan', selective_scan, scan_inputs(7)),
         ('state_fusion', state_fusion, (u, taps)),
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
+        ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),
+        ('gated_norm', gated_norm, norm_arguments((4, 5))),
     )
 
 

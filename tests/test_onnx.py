@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision_setup  # noqa: F401, before mmpretrain
-from oracles import fusion_convolutions, relative_error, scan_inputs, scan_loop, ssm_arguments, ssm_inputs, ssm_loop
+from oracles import (
+    conv_arguments,
+    fusion_convolutions,
+    norm_arguments,
+    relative_error,
+    scan_inputs,
+    scan_loop,
+    ssm_arguments,
+    ssm_inputs,
+    ssm_loop,
+)
 from torch import nn
 
 from mmspatialmamba import SpatialMamba, ops
@@ -113,6 +123,25 @@ def test_state_fusion_of_any_grid():
     for grid in GRIDS:
         h = torch.randn(2, *grid, 5, generator=torch.Generator().manual_seed(0))
         assert relative_error(run(session, h, taps), ops.state_fusion(h.double(), taps.double())) < TOLERANCE
+
+
+@pytest.mark.parametrize('options', [(1, 'silu', False, False), (1, 'none', False, True), (2, 'relu', True, False)])
+def test_depthwise_conv_of_any_grid(options):
+    named = dict(zip(('stride', 'activation', 'relu_input', 'residual'), options, strict=True))
+    arguments = conv_arguments(GRIDS[0], dtype=torch.float32)
+    session = export(lambda *tensors: ops.depthwise_conv(*tensors, **named), arguments, ((0, 1, 2),))
+    for grid in GRIDS:
+        arguments = conv_arguments(grid, dtype=torch.float32)
+        expected = ops.depthwise_conv(*(x.double() for x in arguments), **named)
+        assert relative_error(run(session, *arguments), expected) < TOLERANCE
+
+
+def test_gated_norm_of_any_grid():
+    session = export(ops.gated_norm, norm_arguments(GRIDS[0], dtype=torch.float32), ((0, 1, 2),) * 2)
+    for grid in GRIDS:
+        arguments = norm_arguments(grid, dtype=torch.float32)
+        expected = ops.gated_norm(*(x.double() for x in arguments))
+        assert relative_error(run(session, *arguments), expected) < TOLERANCE
 
 
 def test_decays_that_underflow_stay_finite(ssm):

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import backends
+from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
+from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
 from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
-from oracles import relative_error, scan_inputs, ssm_arguments
+from oracles import conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytestmark = pytest.mark.skipif(
     backends()['cpu'].implementation != 'cpp', reason=f'no C++ kernels: {backends()["cpu"].reason}'
@@ -77,7 +79,7 @@ def error(actual, expected, is_map):
 def check_parity(op, reference, arguments):
     """Compares one call with the reference in float64, each output by the tolerance of its kind."""
     actual = op(*arguments)
-    expected = reference(*(argument.double() for argument in arguments))
+    expected = reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
     actual, expected = (x if isinstance(x, tuple) else (x,) for x in (actual, expected))
     maps, parameters = MEASURED[arguments[0].dtype]
     for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
@@ -114,6 +116,36 @@ def test_parity_structure_aware_ssm(grid, dtype):
         check_parity(OPS.structure_aware_ssm, structure_aware_ssm_reference, arguments)
         dy = gradient_like(arguments[0])
         check_parity(OPS.structure_aware_ssm_backward, structure_aware_ssm_backward_reference, (dy, *arguments))
+
+
+CONV_OPTIONS = (
+    (1, 'none', False, True),
+    (1, 'silu', False, False),
+    (2, 'relu', True, False),
+    (2, 'none', False, False),
+)
+"""Stride, activation, relu_input and residual: those of the model, and one without any."""
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize('options', CONV_OPTIONS)
+def test_parity_depthwise_conv(options, grid, dtype):
+    for channels in CHANNELS:
+        arguments = (*conv_arguments(grid, channels, dtype), *options)
+        check_parity(OPS.depthwise_conv, depthwise_conv_reference, arguments)
+        dy = gradient_like(OPS.depthwise_conv(*arguments))
+        check_parity(OPS.depthwise_conv_backward, depthwise_conv_backward_reference, (dy, *arguments))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('grid', GRIDS)
+def test_parity_gated_norm(grid, dtype):
+    for channels in CHANNELS[1:]:  # a single channel is its own mean, and its gradient nothing but rounding
+        arguments = (*norm_arguments(grid, channels, dtype), 1e-5)
+        check_parity(OPS.gated_norm, gated_norm_reference, arguments)
+        dout = gradient_like(arguments[0])
+        check_parity(OPS.gated_norm_backward, gated_norm_backward_reference, (dout, *arguments))
 
 
 @pytest.mark.parametrize('rank', [1, 2, 9, 32])
@@ -182,7 +214,13 @@ def test_layouts(case):
 
 def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     """Every op with arguments: forward, backward, the arguments of forward."""
+    convolutions = [
+        (OPS.depthwise_conv, OPS.depthwise_conv_backward, (*conv_arguments(grid, channels, dtype, batch), *options))
+        for options in CONV_OPTIONS
+    ]
     return (
+        *convolutions,
+        (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
         (OPS.selective_scan, OPS.selective_scan_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
         (OPS.state_fusion, OPS.state_fusion_backward, fusion_case(grid, channels, dtype, batch)),
         (OPS.structure_aware_ssm, OPS.structure_aware_ssm_backward, ssm_case(grid, channels, dtype, batch)),
@@ -192,8 +230,9 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
 def all_outputs(cases):
     """The outputs of all cases, forward and backward, one after the other."""
     for forward, backward, arguments in cases:
-        yield forward(*arguments)
-        yield from backward(gradient_like(arguments[0]), *arguments)
+        output = forward(*arguments)
+        yield output
+        yield from backward(gradient_like(output), *arguments)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

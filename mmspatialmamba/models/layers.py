@@ -5,13 +5,36 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops import depthwise_conv
 
-class ChannelsLastConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` on channels-last maps; the permutations are views, nothing is copied."""
+
+class DepthwiseConv(nn.Conv2d):
+    """3x3 depthwise convolution of a channels-last map, computed by `mmspatialmamba.ops.depthwise_conv`.
+
+    Args:
+        channels: Number of channels.
+        stride: 1 or 2.
+        activation: What follows the convolution: 'none', 'silu' or 'relu'.
+        relu_input: Whether ReLU comes before it.
+        residual: Whether the input is added to the result.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: int = 1,
+        activation: str = 'none',
+        relu_input: bool = False,
+        residual: bool = False,
+    ):
+        super().__init__(channels, channels, 3, stride, padding=1, groups=channels)
+        self.options = {
+            'stride': stride, 'activation': activation, 'relu_input': relu_input, 'residual': residual,
+        }  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, H, W, in_channels) to (N, H', W', out_channels)."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        """Maps (N, H, W, channels) to (N, ceil(H / stride), ceil(W / stride), channels)."""
+        return depthwise_conv(x, self.weight, self.bias, **self.options)
 
 
 class ConvNorm(nn.Module):
@@ -80,14 +103,13 @@ class Downsample(nn.Module):
         super().__init__()
         hidden = 8 * channels
         self.expand = nn.Conv2d(channels, hidden, 1)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, stride=2, padding=1, groups=hidden)
+        self.dwconv = DepthwiseConv(hidden, stride=2, activation='relu', relu_input=True)
         self.project = ConvNorm(hidden, 2 * channels, 1, bias=True)
-        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
-        x = self.act(self.expand(x.permute(0, 3, 1, 2)))
-        return self.project(self.act(self.dwconv(x))).permute(0, 2, 3, 1)
+        x = self.dwconv(self.expand(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint import SourceMetadata
 from ..checkpoint_names import adapt_state_dict
 from ..registry import MODELS
-from .layers import MLP, ChannelsLastConv2d, Downsample, Stem
+from .layers import MLP, DepthwiseConv, Downsample, Stem
 from .ssm import StructureAwareSSM
 
 
@@ -34,19 +34,19 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, drop_path_rate: float):
         super().__init__()
-        self.cpe1 = ChannelsLastConv2d(channels, channels, 3, padding=1, groups=channels)
+        self.cpe1 = DepthwiseConv(channels, residual=True)
         self.norm1 = nn.LayerNorm(channels)
         self.ssm = StructureAwareSSM(channels)
-        self.cpe2 = ChannelsLastConv2d(channels, channels, 3, padding=1, groups=channels)
+        self.cpe2 = DepthwiseConv(channels, residual=True)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path(self.ssm(self.norm1(x)))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

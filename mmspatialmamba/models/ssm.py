@@ -4,10 +4,9 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from ..ops import fusion_taps, structure_aware_ssm
-from .layers import ChannelsLastConv2d
+from ..ops import fusion_taps, gated_norm, structure_aware_ssm
+from .layers import DepthwiseConv
 
 
 class StateFusion(nn.Module):
@@ -56,7 +55,7 @@ class StructureAwareSSM(nn.Module):
         inner = 2 * channels
         self.rank = math.ceil(channels / 16)
         self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
-        self.dwconv = ChannelsLastConv2d(inner, inner, 3, padding=1, groups=inner)
+        self.dwconv = DepthwiseConv(inner, activation='silu')
         self.x_proj = nn.Linear(inner, self.rank + 2, bias=False)
         self.dt_weight = nn.Parameter(torch.empty(inner, self.rank))
         self.dt_bias = nn.Parameter(torch.empty(inner))
@@ -78,7 +77,7 @@ class StructureAwareSSM(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d), channels last."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.dwconv(u))
+        u = self.dwconv(u)
         dt, B, C = self.x_proj(u).split((self.rank, 1, 1), dim=-1)
         A = -torch.exp(self.A_log.flatten())
         D, taps, eps = self.D, self.state_fusion.taps(), self.norm.eps
@@ -86,5 +85,4 @@ class StructureAwareSSM(nn.Module):
             # A power of two, and the norm's eps takes its square: the factor changes nothing but the range.
             D, taps, eps = self.FLOAT16_FACTOR * D, self.FLOAT16_FACTOR * taps, self.FLOAT16_FACTOR**2 * eps
         y = structure_aware_ssm(u, dt, B, C, self.dt_weight, self.dt_bias, A, D, taps)
-        y = F.layer_norm(y, y.shape[-1:], self.norm.weight, self.norm.bias, eps)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.bias, eps))

@@ -51,6 +51,18 @@ inline void with_count(int64_t count, const Work& work) {
   }
 }
 
+/// Calls `work(first, count)` for each vector of channels; `count` as in `with_count`.
+template <typename acc_t, typename Work>
+inline void for_vectors(int64_t E, const Work& work) {
+  int64_t first = 0;
+  for (; first + LANES<acc_t> <= E; first += LANES<acc_t>) {
+    work(first, std::integral_constant<int64_t, LANES<acc_t>>{});
+  }
+  if (first < E) {
+    work(first, E - first);
+  }
+}
+
 /// Blocks of channels are taken in turn by `groups` tasks an image. The number depends on the shape only, so that sums
 /// over channels have one order whatever the number of threads.
 template <typename scalar_t>

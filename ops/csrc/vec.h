@@ -106,6 +106,12 @@ inline Vec<acc_t> log1p_unit(Vec<acc_t> t) {
   }
 }
 
+/// 1 / (1 + e^-x).
+template <typename acc_t>
+inline Vec<acc_t> sigmoid(const Vec<acc_t>& x) {
+  return Vec<acc_t>(1) / (Vec<acc_t>(1) + exp<acc_t>(x.neg()));
+}
+
 /// softplus and its slope, the sigmoid.
 template <typename acc_t>
 struct Softplus {

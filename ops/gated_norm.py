@@ -1,0 +1,92 @@
+"""LayerNorm times SiLU of a gate, which follows the state space model in a Spatial-Mamba block, as one op."""
+
+import torch
+import torch.nn.functional as F
+
+from .checks import check_like, check_not_empty, check_parameter, check_tensor, refuse_forward_mode
+from .library import accumulation_dtype, define, refuse_double_backward, register_autograd
+
+
+def gated_norm(
+    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5
+) -> torch.Tensor:
+    """Normalizes the channels of each token and scales them by a gate: ``out = LN(y) · SiLU(z)``.
+
+    ``LN(y) = (y - mean) / sqrt(variance + eps) · weight + bias``, with mean and variance over the E channels.
+
+    Args:
+        y: Map, (N, H, W, E), channels last; float32, float64, bfloat16 or float16.
+        z: Gate before SiLU, (N, H, W, E), dtype of ``y``. A slice of the channels of a wider map is read where it lies.
+        weight: Scale of each channel, (E,), dimensionless.
+        bias: Shift of each channel, (E,), dimensionless.
+        eps: Added to the variance, in units of y².
+
+    Returns:
+        out, (N, H, W, E), contiguous, dtype of ``y``.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor, or z has another dtype than ``y``.
+        ValueError: An argument has another shape or device than stated above.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
+
+    Note:
+        Autocast: the op is on no autocast list and runs in the dtype of ``y``; everything is computed in float32
+        (float64 for float64) and rounded once, and weight and bias are converted to that dtype. Backward keeps the
+        inputs only. Two runs give the same bits on the CPU, forward and backward; on other devices PyTorch's own
+        LayerNorm decides. No double backward.
+
+        Source: arXiv 2410.15091, output of the structure-aware state space model.
+    """
+    op = 'gated_norm'
+    check_tensor(op, 'y', y, 4)
+    check_not_empty(op, 'y', y)
+    check_like(op, 'z', z, tuple(y.shape), y)
+    check_parameter(op, 'weight', weight, (y.shape[-1],), y)
+    check_parameter(op, 'bias', bias, (y.shape[-1],), y)
+    refuse_forward_mode(op, y, z, weight, bias)
+    acc = accumulation_dtype(y.dtype)
+    return torch.ops.mmspatialmamba.gated_norm(y, z, weight.to(acc), bias.to(acc), eps)
+
+
+def gated_norm_reference(y, z, weight, bias, eps) -> torch.Tensor:
+    """Computes `gated_norm` with plain PyTorch."""
+    y_acc, z_acc = (x.to(weight.dtype) for x in (y, z))
+    return (F.layer_norm(y_acc, y.shape[-1:], weight, bias, eps) * F.silu(z_acc)).to(y.dtype).contiguous()
+
+
+def gated_norm_backward_reference(dout, y, z, weight, bias, eps) -> tuple[torch.Tensor, ...]:
+    """Computes the gradients of `gated_norm` with plain PyTorch, from the inputs alone."""
+    dout, y_acc, z_acc = (x.to(weight.dtype) for x in (dout, y, z))
+    shape = y.shape[-1:]
+    norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(y_acc, shape, weight, bias, eps)
+    dz = torch.ops.aten.silu_backward(dout * norm, z_acc)
+    dy, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dout * F.silu(z_acc), y_acc, shape, mean, inverse_deviation, weight, bias, [True, True, True]
+    )
+    return dy.to(y.dtype).contiguous(), dz.to(y.dtype).contiguous(), dweight, dbias
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dout):
+    return *torch.ops.mmspatialmamba.gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps), None
+
+
+define(
+    'gated_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor',
+    gated_norm_reference,
+    lambda y, *others: y.new_empty(y.shape),
+    slow=False,
+)
+define(
+    'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps)'
+    ' -> (Tensor dy, Tensor dz, Tensor dweight, Tensor dbias)',
+    gated_norm_backward_reference,
+    lambda dout, y, z, weight, bias, eps: tuple(tensor.new_empty(tensor.shape) for tensor in (y, z, weight, bias)),
+    slow=False,
+)
+register_autograd('gated_norm', _backward, _setup_context)
+refuse_double_backward('gated_norm_backward')
