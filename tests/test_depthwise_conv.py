@@ -10,8 +10,8 @@ from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference,
 from oracles import GRIDS, conv_arguments, relative_error, require_grad
 
 # Ten times the largest relative error measured over GRIDS and OPTIONS, of the reference, whose kernels are rounded to
-# the dtype: float32 2.9e-7, bfloat16 9.2e-3, float16 9.5e-4.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2.9e-6, torch.bfloat16: 9.2e-2, torch.float16: 9.5e-3}
+# the dtype: float32 1.6e-7, bfloat16 5.9e-3, float16 8.1e-4.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1.6e-6, torch.bfloat16: 5.9e-2, torch.float16: 8.1e-3}
 
 OPTIONS = [
     {'stride': stride, 'activation': activation, 'relu_input': relu_input, 'residual': residual}

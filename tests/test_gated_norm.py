@@ -6,9 +6,9 @@ from mmspatialmamba.ops import gated_norm
 from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
 from oracles import GRIDS, norm_arguments, relative_error, require_grad
 
-# Ten times the largest relative error measured over GRIDS and CHANNELS: float32 1.9e-7, bfloat16 2.8e-3, float16
-# 3.6e-4 (the last two are the rounding of the output).
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1.9e-6, torch.bfloat16: 2.8e-2, torch.float16: 3.6e-3}
+# Ten times the largest relative error measured over GRIDS and CHANNELS: float32 2.2e-7, bfloat16 3.9e-3, float16
+# 4.6e-4 (the last two are the rounding of the output).
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2.2e-6, torch.bfloat16: 3.9e-2, torch.float16: 4.6e-3}
 CHANNELS = (1, 5, 40)
 
 
