@@ -19,7 +19,6 @@ import importlib.util
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -334,18 +333,21 @@ def _peak_memory(name: str, shape: tuple[int, ...], args: argparse.Namespace) ->
     torch.set_num_threads(args.threads)
     run = step(build(name, args.baseline).to(args.device), torch.randn(shape, device=args.device), args)
     if args.device == 'cpu':
-        before = _resident_KiB()
+        before = _memory_KiB('VmRSS')
         run()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        return (_memory_KiB('VmHWM') - before) / 1024
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _resident_KiB() -> int:
-    """Returns the resident memory now; Linux only, as is the peak that it is subtracted from."""
-    pages = int(Path('/proc/self/statm').read_text().split()[1])
-    return pages * resource.getpagesize() // 1024
+def _memory_KiB(field: str) -> int:
+    """Returns the resident memory of this process, now (VmRSS) or at most (VmHWM); Linux only.
+
+    `resource.getrusage` would return the peak of the process that started this one, where that is higher.
+    """
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f'{field}:'))
 
 
 def header(args: argparse.Namespace) -> dict[str, str]:
