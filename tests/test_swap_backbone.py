@@ -341,7 +341,8 @@ WITHOUT = {
         'mm_grounding_dino', 'ocsort', 'timm_example', 'tridentnet',
     },
     'mmseg': {
-        'bisenetv2', 'cgnet', 'ddrnet', 'dpt', 'erfnet', 'fastscnn', 'icnet', 'mobilenet_v3', 'pidnet', 'san', 'unet', 'vpd',
+        'bisenetv2', 'cgnet', 'ddrnet', 'dpt', 'erfnet', 'fastscnn', 'icnet', 'mobilenet_v3', 'pidnet', 'san', 'unet',
+        'vpd',
     },
 }  # fmt: skip
 """Families that hold no config that works; docs/zoo_coverage.md says why of each."""
