@@ -63,6 +63,7 @@ def test_published_recipe_trains_and_tests_at_full_size(quickstart, tmp_path):
     options += [
         f'{split}_evaluator.ann_file=data/shapes/coco/annotations/instances_val2017.json' for split in ('val', 'test')
     ]
+    options += [f'model.roi_head.{head}.num_classes=3' for head in ('bbox_head', 'mask_head')]
     options += ['train_cfg.max_epochs=1', 'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
     common = ('--work-dir', str(tmp_path), '--cfg-options', *options)
     config = 'configs/mask_rcnn_sm_t.py'
