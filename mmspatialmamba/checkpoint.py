@@ -1,9 +1,9 @@
 """Checkpoint files: what may be read under PyTorch's ``weights_only``, the published layout, and clear errors.
 
-MMEngine 0.10 reads files by ``torch.load`` without ``weights_only``, which is true by default since PyTorch 2.6 and
-refuses the message hub that MMEngine stores beside the weights. `register` allows exactly the types of that hub, and
-never switches ``weights_only`` off. Nor do the readers, to which the yacs config in the original project's files is a
-plain dict.
+PyTorch's ``weights_only`` refuses the message hub that MMEngine stores beside the weights. `register` allows exactly
+the types of that hub. The readers never switch ``weights_only`` off, as PyTorch's download of state dicts does, and the
+onedl fork of MMEngine for a file that was refused. To them the yacs config in the original project's files is a plain
+dict.
 """
 
 import os
@@ -11,11 +11,13 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine import dist
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from .checkpoint_names import BACKBONE_PREFIX
@@ -28,9 +30,9 @@ class CheckpointError(RuntimeError):
 def register() -> None:
     """Makes the types of MMEngine's checkpoints known to PyTorch, and this module's readers known to MMEngine.
 
-    The readers replace MMEngine's for local files and for HTTP in the whole process: they call MMEngine's own, turn
-    every failure into one `CheckpointError` that names the file, and present the published classification layout as
-    that of a classifier. Other files pass through them unchanged.
+    The readers replace MMEngine's for local files and for HTTP in the whole process: they refuse what holds more than
+    plain values, turn every failure into one `CheckpointError` that names the file, and present the published
+    classification layout as that of a classifier. Other files pass through them unchanged.
     """
     torch.serialization.add_safe_globals(_message_hub_globals())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
@@ -68,7 +70,7 @@ def _load_intact(filename: str, map_location: str | torch.device | None) -> dict
             checked = any(record.CRC for record in archive.infolist())
             if checked and (record := archive.testzip()):
                 raise ValueError(f'the checksum of its record {record} is wrong')
-    return mmengine_checkpoint.load_from_local(filename, map_location=map_location)
+    return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
@@ -77,7 +79,21 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     Raises:
         CheckpointError: The address cannot be read, or its file is not a checkpoint as in `load_from_local`.
     """
-    return _present(_read(mmengine_checkpoint.load_from_http, filename, map_location), filename)
+    return _present(_read(_load_downloaded, filename, map_location), filename)
+
+
+def _load_downloaded(address: str, map_location: str | torch.device | None) -> dict:
+    """Reads a file from PyTorch's folder of downloads; the process of rank 0 fetches it if it is not there yet."""
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
+    first = dist.get_rank() == 0
+    if not first:
+        dist.barrier()
+    if not path.exists():  # for other processes too, on a node that does not share the folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path))
+    if first:
+        dist.barrier()
+    return _load_intact(str(path), map_location)
 
 
 def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> dict:

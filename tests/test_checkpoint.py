@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,37 @@ def test_a_file_that_runs_code_is_refused(tmp_path, monkeypatch, payload):
     torch.save({'state_dict': {'a': torch.zeros(1)}, 'payload': payload}, 'hostile.pth')
     with pytest.raises(CheckpointError, match=r'hostile.pth: expected a checkpoint .* not allowed'):
         CheckpointLoader.load_checkpoint('hostile.pth')
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Address of a server of the files in ``served``, in a process of whose downloads nothing stays."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'downloads'))
+    served = tmp_path / 'served'
+    served.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=served)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{http_server.server_port}'
+        http_server.shutdown()
+
+
+def test_a_file_is_read_from_its_address(server, tmp_path):
+    torch.save({'state_dict': {'a': torch.ones(1)}}, tmp_path / 'served' / 'good.pth')
+    for _ in range(2):  # downloaded, then from the folder of downloads
+        weights = CheckpointLoader.load_checkpoint(f'{server}/good.pth')['state_dict']
+        assert torch.equal(weights['a'], torch.ones(1))
+        (tmp_path / 'served' / 'good.pth').unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r'missing.pth: expected a checkpoint .* 404'):
+        CheckpointLoader.load_checkpoint(f'{server}/missing.pth')
+
+
+def test_a_downloaded_file_that_runs_code_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': {'a': torch.zeros(1)}, 'payload': RunsCode()}, tmp_path / 'served' / 'hostile.pth')
+    with pytest.raises(CheckpointError, match=r'hostile.pth: expected a checkpoint .* not allowed'):
+        CheckpointLoader.load_checkpoint(f'{server}/hostile.pth')
     assert not (tmp_path / 'executed').exists()
 
 
