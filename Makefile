@@ -44,10 +44,10 @@ data/shapes/complete.json: | env
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes
 
 test: env
-	$(BIN)/pytest -m "not end_to_end and not long"
+	$(BIN)/pytest -m "not end_to_end and not long" --durations 15
 
 test-end-to-end: env
-	$(BIN)/pytest -m "end_to_end and not long"
+	$(BIN)/pytest -m "end_to_end and not long" --durations 15
 
 test-all: env
 	$(BIN)/pytest
