@@ -337,7 +337,8 @@ def test_training_step_and_prediction(name):
 
 WITHOUT = {
     'mmdet': {
-        'boxinst', 'carafe', 'centripetalnet', 'common', 'cornernet', 'deepsort', 'glip', 'grounding_dino', 'lad', 'ld', 'misc',
+        'boxinst', 'carafe', 'centripetalnet', 'common', 'cornernet', 'deepsort', 'glip', 'grounding_dino', 'lad', 'ld',
+        'misc',
         'mm_grounding_dino', 'ocsort', 'timm_example', 'tridentnet',
     },
     'mmseg': {
