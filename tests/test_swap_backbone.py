@@ -338,8 +338,7 @@ def test_training_step_and_prediction(name):
 WITHOUT = {
     'mmdet': {
         'boxinst', 'carafe', 'centripetalnet', 'common', 'cornernet', 'deepsort', 'glip', 'grounding_dino', 'lad', 'ld',
-        'misc',
-        'mm_grounding_dino', 'ocsort', 'timm_example', 'tridentnet',
+        'misc', 'mm_grounding_dino', 'ocsort', 'timm_example', 'tridentnet',
     },
     'mmseg': {
         'bisenetv2', 'cgnet', 'ddrnet', 'dpt', 'erfnet', 'fastscnn', 'icnet', 'mobilenet_v3', 'pidnet', 'san', 'unet',
