@@ -21,17 +21,18 @@ def zoo_table(models: list[dict], task: str) -> str:
         {name: value for result in model['Results'] for name, value in result['Metrics'].items()} for model in models
     ]
     names = list(dict.fromkeys(name for found in metrics for name in found))
-    rows = [['config', *names, 'parameters, M', 'GFLOPs', 'at', 'schedule', 'weights']]
+    sizes = ', '.join(dict.fromkeys(model['Metadata']['Input Size'] for model in models))
+    headers = [name.replace('(', ' (') for name in names]  # which lets them wrap
+    rows = [['config', *headers, 'parameters, M', f'GFLOPs at {sizes}', 'schedule', 'weights']]
     for model, found in zip(models, metrics, strict=True):
         meta = model['Metadata']
-        schedule = f'{meta["Epochs"]} epochs' if 'Epochs' in meta else f'{meta["Iterations"] // 1000}k iterations'
+        schedule = f'{meta["Epochs"]} epochs' if 'Epochs' in meta else f'{meta["Iterations"] // 1000}k steps'
         rows.append(
             [
                 f'`{Path(model["Config"]).name}`',
                 *(f'{found[name]:.1f}' if name in found else '–' for name in names),
                 f'{meta["Parameters"] / 1e6:g}',
                 f'{meta["FLOPs"] / 1e9:g}',
-                meta['Input Size'],
                 schedule,
                 f'[file]({model["Weights"]})',
             ]
@@ -45,7 +46,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 project = 'mmspatialmamba'
-author = 'the mmspatialmamba authors'
+author = project_copyright = 'the mmspatialmamba authors'
 version = release = mmspatialmamba.__version__
 
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton']
@@ -73,4 +74,6 @@ add_module_names = False
 copybutton_exclude = '.linenos, .gp, .go'
 
 html_theme = 'furo'
+html_static_path = ['_static']
+html_css_files = ['tables.css']
 html_title = 'Spatial-Mamba for OpenMMLab'
