@@ -1,6 +1,7 @@
 """Ops of Spatial-Mamba, registered with PyTorch's dispatcher under ``torch.ops.mmspatialmamba``.
 
-Needs PyTorch only: the package works on its own on a machine that has nothing of OpenMMLab.
+Needs PyTorch only; where MMEngine is missing, which ``mmspatialmamba`` needs, tools/benchmark.py imports this
+folder by itself.
 """
 
 from .backends import Backend, backends, load_backends
