@@ -1,8 +1,9 @@
-"""Independent statements of the equations, and the inputs that several tests share."""
+"""Independent statements of the equations, and the inputs and the wrapper that several tests share."""
 
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import fusion_taps
+from torch import nn
 
 SEQUENCE_LENGTHS = (1, 2, 3, 15, 16, 17, 53)
 """1, 2, 3, block - 1, block, block + 1, 3 block + 5, for a block of 16 tokens."""
@@ -107,6 +108,17 @@ def norm_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=4):
     parameter_dtype = torch.promote_types(dtype, torch.float32)
     maps = [3 * normal(batch, *grid, channels).to(dtype) for _ in range(2)]
     return *maps, normal(channels).to(parameter_dtype), normal(channels).to(parameter_dtype)
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
 
 
 def require_grad(*tensors):

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import torchvision_setup  # noqa: F401
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
+from tool_runner import load_tool
 
 from mmspatialmamba import SpatialMamba
 from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read_local
@@ -28,9 +28,7 @@ CLASSIFICATION = ROOT / 'tests' / 'data' / 'official_small_classification.pth'
 DETECTOR = ROOT / 'tests' / 'data' / 'official_small_detector.pth'
 ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
 
-spec = importlib.util.spec_from_file_location('convert_checkpoint', TOOL)
-convert_checkpoint = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(convert_checkpoint)
+convert_checkpoint = load_tool('convert_checkpoint')
 
 
 @pytest.fixture

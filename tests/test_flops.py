@@ -1,7 +1,6 @@
 """Parameters and multiply-adds: ops against their formulas, the published tables, the tools of the toolboxes."""
 
 import importlib
-import importlib.util
 import re
 import runpy
 import sys
@@ -16,6 +15,8 @@ from mmengine.analysis import FlopAnalyzer, complexity_analysis, get_model_compl
 from mmengine.analysis.print_helper import _format_size
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from oracles import Call
+from tool_runner import load_tool
 from torch import nn
 
 from mmspatialmamba import SpatialMamba, flops, ops
@@ -25,9 +26,7 @@ CONFIGS = ROOT / 'configs'
 TOOL = ROOT / 'tools' / 'get_flops.py'
 ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
 
-spec = importlib.util.spec_from_file_location('get_flops', TOOL)
-get_flops = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(get_flops)
+get_flops = load_tool('get_flops')
 
 # Of the published models: config, million parameters, billion multiply-adds, digits of the published figures.
 PUBLISHED = (
@@ -42,17 +41,6 @@ PUBLISHED = (
     ('upernet_sm_b.py', 127, 1176, 0, 0),
 )
 FAST = ('cls_sm_t.py', 'mask_rcnn_sm_t.py')
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def count(function, *inputs):

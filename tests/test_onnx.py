@@ -1,6 +1,5 @@
 """The ops, the backbone and whole models in ONNX: ONNX Runtime against the loop, and against PyTorch at other sizes."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision_setup  # noqa: F401, before mmpretrain
 from oracles import (
+    Call,
     conv_arguments,
     fusion_convolutions,
     norm_arguments,
@@ -20,15 +20,13 @@ from oracles import (
     ssm_inputs,
     ssm_loop,
 )
-from torch import nn
+from tool_runner import load_tool
 
 from mmspatialmamba import SpatialMamba, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
-spec = importlib.util.spec_from_file_location('export_onnx', TOOL)
-export_onnx = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(export_onnx)
+export_onnx = load_tool('export_onnx')
 
 onnxruntime = pytest.importorskip('onnxruntime')
 quantization = pytest.importorskip('onnxruntime.quantization')
@@ -40,17 +38,6 @@ GRIDS = ((4, 5), (1, 1), (1, 17), (19, 1), (11, 6), (7, 13))
 
 TOLERANCE = 4e-6
 """Ten times the largest relative error of an op in float32, measured over GRIDS and decays: 4.0e-7."""
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def open_session(program):
