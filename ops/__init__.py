@@ -7,13 +7,15 @@ folder by itself.
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
+from .mlp import mlp
 from .selective_scan import selective_scan
+from .ssm_layer import ssm_layer
 from .state_fusion import fusion_taps, state_fusion
 from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'selective_scan', 'state_fusion',
-    'structure_aware_ssm',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'selective_scan', 'ssm_layer',
+    'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

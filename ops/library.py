@@ -23,6 +23,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of matrix products with ``x``: autocast's where that is on and x not float64, else its own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
 

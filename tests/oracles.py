@@ -110,6 +110,38 @@ def norm_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=4):
     return *maps, normal(channels).to(parameter_dtype), normal(channels).to(parameter_dtype)
 
 
+def mlp_arguments(tokens, channels=5, dtype=torch.float64, hidden=None, seed=5):
+    """x, norm_weight, norm_bias, weight1, bias1, weight2, bias2 of `mlp`; parameters as those of `ssm_inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    hidden = hidden or 4 * channels
+
+    def normal(*shape, dtype=parameter_dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = 3 * normal(tokens, channels, dtype=dtype) + 1
+    weight1, weight2 = normal(hidden, channels) * channels**-0.5, normal(channels, hidden) * hidden**-0.5
+    return x, normal(channels), normal(channels), weight1, normal(hidden), weight2, normal(channels)
+
+
+def layer_arguments(grid, channels=4, rank=2, batch=2, dtype=torch.float64, seed=6):
+    """The fifteen arguments of `ssm_layer`, whose inner width is twice ``channels``."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = 2 * channels
+    core = ssm_arguments(grid, inner, rank, batch, dtype, seed)
+    parameter_dtype = core[4].dtype
+
+    def normal(*shape, dtype=parameter_dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return (
+        normal(batch, *grid, channels, dtype=dtype), normal(channels), normal(channels),
+        normal(2 * inner, channels) * channels**-0.5, normal(inner, 1, 3, 3) / 3, normal(inner),
+        normal(rank + 2, inner) * inner**-0.5, *core[4:], normal(inner), normal(inner),
+        normal(channels, inner) * inner**-0.5,
+    )  # fmt: skip
+
+
 class Call(nn.Module):
     """A function as a module."""
 

@@ -9,8 +9,24 @@ import threading
 
 import pytest
 import torch
-from mmspatialmamba.ops import depthwise_conv, gated_norm, selective_scan, state_fusion, structure_aware_ssm
-from oracles import conv_arguments, norm_arguments, require_grad, scan_inputs, ssm_arguments
+from mmspatialmamba.ops import (
+    depthwise_conv,
+    gated_norm,
+    mlp,
+    selective_scan,
+    ssm_layer,
+    state_fusion,
+    structure_aware_ssm,
+)
+from oracles import (
+    conv_arguments,
+    layer_arguments,
+    mlp_arguments,
+    norm_arguments,
+    require_grad,
+    scan_inputs,
+    ssm_arguments,
+)
 
 from mmspatialmamba import SpatialMamba
 
@@ -183,6 +199,8 @@ def op_calls():
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
         ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),
         ('gated_norm', gated_norm, norm_arguments((4, 5))),
+        ('mlp', mlp, mlp_arguments(7)),
+        ('ssm_layer', ssm_layer, layer_arguments((4, 5))),
     )
 
 

@@ -1,0 +1,171 @@
+"""`ssm_layer` against its equation: values, gradients, what is kept, dtypes and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmspatialmamba.ops import ssm_layer
+from mmspatialmamba.ops.state_fusion import TAP_OFFSETS
+from oracles import GRIDS, layer_arguments, relative_error, require_grad, scan_loop
+
+OPS = torch.ops.mmspatialmamba
+
+# Largest relative errors measured over GRIDS with eight channels: forward 1.0e-15, 3.1e-7, 1.0e-2, 1.4e-3; backward
+# 6.3e-15, 6.6e-6, 5.3e-2, 1.3e-2. In 16 bits, where the maps between the parts are rounded one after the other and the
+# grids have twenty tokens at least, the tolerance is four times that, else ten times.
+TOLERANCES = {torch.float64: 6.3e-14, torch.float32: 6.6e-5, torch.bfloat16: 2.1e-1, torch.float16: 5.2e-2}
+
+
+def norm_equation(x, weight, bias, eps=1e-5):
+    """(x - mean) / sqrt(variance + eps) · weight + bias."""
+    difference = x - x.mean(-1, keepdim=True)
+    return difference / (difference.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def fusion_equation(h, taps):
+    """The sum of the taps times the map shifted by their offsets, replicate padding."""
+    rows, columns = (torch.arange(size) for size in h.shape[1:3])
+    total = 0
+    for (y, x), tap in zip(TAP_OFFSETS, taps, strict=True):
+        shifted = h[:, (rows + y).clamp(0, len(rows) - 1)][:, :, (columns + x).clamp(0, len(columns) - 1)]
+        total = total + tap * shifted
+    return total
+
+
+def layer_equation(
+    x, norm_weight, norm_bias, in_weight, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, taps,
+    out_norm_weight, out_norm_bias, out_weight, eps=1e-5, out_eps=1e-5,
+):  # fmt: skip
+    """Norm, projection, convolution with SiLU, the loop over tokens, fusion, gated norm, projection."""
+    u, z = (norm_equation(x, norm_weight, norm_bias, eps) @ in_weight.T).chunk(2, -1)
+    u = F.conv2d(u.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1, groups=len(conv_weight))
+    u = u.permute(0, 2, 3, 1)
+    u = u / (1 + torch.exp(-u))
+    dt, B, C = (u @ x_weight.T).split((dt_weight.shape[1], 1, 1), -1)
+    delta = torch.log1p(torch.exp(dt @ dt_weight.T + dt_bias))
+    h = scan_loop(u.flatten(1, 2), delta.flatten(1, 2), A, B.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    y = fusion_equation(h, taps) * C + D * u
+    return norm_equation(y, out_norm_weight, out_norm_bias, out_eps) * z / (1 + torch.exp(-z)) @ out_weight.T
+
+
+@pytest.mark.parametrize('grid', GRIDS)
+def test_op_equals_the_equation(grid):
+    for dtype, tolerance in TOLERANCES.items():
+        if dtype.itemsize == 2 and grid[0] * grid[1] < 20:
+            continue
+        arguments = require_grad(*layer_arguments(grid, 8, dtype=dtype))
+        exact = require_grad(*(x.double() for x in arguments))
+        out, expected = ssm_layer(*arguments), layer_equation(*exact)
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        assert relative_error(out.double(), expected) < tolerance
+        dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        gradients = torch.autograd.grad(out, arguments, dout)
+        for one, other in zip(gradients, torch.autograd.grad(expected, exact, dout.double()), strict=True):
+            assert relative_error(one.double(), other) < tolerance
+
+
+def test_gradients():
+    arguments = require_grad(*layer_arguments((2, 3), 3, batch=1))
+    assert torch.autograd.gradcheck(ssm_layer, arguments)
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_opcheck(keep):
+    x, norm_weight, norm_bias, in_weight, conv_weight, conv_bias, x_weight, *core, weight, bias, out_weight = (
+        layer_arguments((4, 5))
+    )
+    arguments = (
+        x, norm_weight, norm_bias, 1e-5, in_weight, x_weight, out_weight, conv_weight, conv_bias, *core, weight, bias,
+        1e-5, keep,
+    )  # fmt: skip
+    if keep:
+        arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(OPS.ssm_layer.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    arguments = require_grad(*layer_arguments((4, 5)))
+    compiled = torch.compile(ssm_layer, fullgraph=True, backend='aot_eager')
+    expected = torch.autograd.grad(ssm_layer(*arguments).sum(), arguments)
+    for one, other in zip(torch.autograd.grad(compiled(*arguments).sum(), arguments), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_backward_keeps_neither_norm():
+    """Of values a token: x, d; u and z before the convolution, 2E; u after it, E; dt, B and C, R + 2; y, E."""
+    channels, rank, tokens = 4, 2, 2 * 7 * 13
+    arguments = require_grad(*layer_arguments((7, 13), channels, rank))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ssm_layer(*arguments)
+    sizes = [x.numel() for x in kept if x.numel() >= tokens and x.ndim == 4]
+    inner = 2 * channels
+    assert sum(sizes) == tokens * (channels + 2 * inner + inner + rank + 2 + inner)
+    with torch.no_grad():
+        ssm_layer(*arguments)
+
+
+def test_same_bits_in_every_run():
+    arguments = require_grad(*layer_arguments((19, 23), 40, 3, dtype=torch.float32))
+    runs = []
+    for _ in range(3):
+        out = ssm_layer(*arguments)
+        runs.append((out, *torch.autograd.grad(out, arguments, torch.ones_like(out))))
+    for outputs in zip(*runs, strict=True):
+        assert all(torch.equal(outputs[0], output) for output in outputs[1:])
+
+
+def test_layouts_of_the_input_do_not_matter():
+    x, *others = layer_arguments((7, 13))
+    expected = ssm_layer(x, *others)
+    assert torch.equal(ssm_layer(x.movedim(-1, 0).contiguous().movedim(0, -1), *others), expected)
+    assert torch.equal(ssm_layer(torch.cat((x, x), -1)[..., :4], *others), expected)
+
+
+def test_autocast_rounds_to_its_dtype():
+    arguments = require_grad(*layer_arguments((4, 5), 8, dtype=torch.float32))
+    with torch.autocast('cpu', torch.bfloat16):
+        out = ssm_layer(*arguments)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out.double(), layer_equation(*(x.double() for x in arguments))) < TOLERANCES[torch.bfloat16]
+    for gradient in torch.autograd.grad(out.float().sum(), arguments):
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
+
+
+def test_empty_batch():
+    arguments = require_grad(*layer_arguments((3, 4), batch=0))
+    ssm_layer(*arguments).sum().backward()
+    for x in arguments:
+        assert x.grad.shape == x.shape
+        assert not x.grad.any()
+
+
+def test_faults_are_noticed():
+    arguments = layer_arguments((7, 13), 8)
+    out = ssm_layer(*arguments)
+    for position in (2, 5, 8, 13):  # the shifts, each of which a kernel might leave out
+        faulty = list(arguments)
+        faulty[position] = 0 * faulty[position]
+        assert relative_error(layer_equation(*faulty), out) > 1e-2
+    assert relative_error(layer_equation(*arguments, eps=10.0), out) > 1e-2
+    assert relative_error(layer_equation(*arguments, out_eps=10.0), out) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ('position', 'value', 'error', 'message'),
+    [
+        (0, torch.ones(2, 3, 4), ValueError, 'x must have 4 dimensions'),
+        (0, torch.ones(2, 0, 4, 4), ValueError, 'x must have at least one token'),
+        (3, torch.ones(8, 4), ValueError, r'in_weight must have shape \(16, 4\), got \(8, 4\)'),
+        (6, torch.ones(3, 8), ValueError, r'x_weight must have shape \(4, 8\), got \(3, 8\)'),
+        (7, torch.ones(8), ValueError, 'dt_weight must have 2 dimensions'),
+        (11, torch.ones(9, 8), ValueError, r'taps must have shape \(25, 8\), got \(9, 8\)'),
+        (14, None, TypeError, 'out_weight must be a tensor, got NoneType'),
+    ],
+)
+def test_bad_arguments(position, value, error, message):
+    arguments = list(layer_arguments((3, 4)))
+    arguments[position] = value
+    with pytest.raises(error, match=f'ssm_layer: .*{message}'):
+        ssm_layer(*arguments)
