@@ -3,9 +3,10 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import depthwise_conv
+from ..ops import depthwise_conv, mlp
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -119,20 +120,28 @@ class MLP(nn.Module):
         channels: Number of channels d of input and output.
     """
 
-    TOKENS_AT_ONCE = 2048
-    """Of inference on a CPU: few enough for their hidden values to stay in its cache."""
-
     def __init__(self, channels: int):
         super().__init__()
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (..., d) to (..., d)."""
-        # A traced loop would have as many turns as the traced image needs.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or x.device.type != 'cpu' or traced or not x.numel():
-            return self.fc2(self.act(self.fc1(x)))
-        tokens = x.flatten(0, -2).split(self.TOKENS_AT_ONCE)
-        return torch.cat([self.fc2(self.act(self.fc1(some))) for some in tokens]).view(x.shape)
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Maps (..., d) to (..., d), through ``norm`` first: as one op where it can be, see `is_fusable`."""
+        fc1, fc2 = self.fc1, self.fc2
+        if is_fusable(norm, fc1, self.act, fc2):
+            return mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps)
+        return fc2(self.act(fc1(norm(x))))
+
+
+def is_fusable(*layers: nn.Module) -> bool:
+    """Returns whether one op may take the place of these layers: whether nothing would notice.
+
+    An op reads the layers' weights and leaves their ``forward`` out, and so what replaced a layer (an adapter, a
+    quantized or a sharded one) and what hooks into it. What traces a model looks for standard layers, too.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or module._has_any_global_hook():
+        return False
+    plain = (nn.Linear, nn.LayerNorm, nn.GELU, DepthwiseConv)
+    hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+    return all(type(layer) in plain and not any(getattr(layer, name) for name in hooks) for layer in layers)

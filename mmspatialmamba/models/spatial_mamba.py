@@ -45,9 +45,16 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
         x = self.cpe1(x)
-        x = x + self.drop_path(self.ssm(self.norm1(x)))
+        x = self._add(x, self.ssm(x, self.norm1))
         x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self._add(x, self.mlp(x, self.norm2))
+
+    def _add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.drop_path.drop_prob:
+            return x + branch
+        # The factor of each image, 0 or 1 / (1 - rate), so that factor and sum take one pass over the map.
+        factor = self.drop_path(branch.new_ones(len(branch), 1, 1, 1))
+        return torch.addcmul(x, branch, factor)
 
 
 class Stage(nn.Module):

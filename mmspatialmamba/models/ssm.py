@@ -5,8 +5,9 @@ import math
 import torch
 import torch.nn as nn
 
-from ..ops import fusion_taps, gated_norm, structure_aware_ssm
-from .layers import DepthwiseConv
+from ..ops import fusion_taps, gated_norm, ssm_layer, structure_aware_ssm
+from ..ops.library import matmul_dtype
+from .layers import DepthwiseConv, is_fusable
 
 
 class StateFusion(nn.Module):
@@ -74,15 +75,22 @@ class StructureAwareSSM(nn.Module):
         step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, H, W, d) to (N, H, W, d), channels last."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Maps (N, H, W, d) to (N, H, W, d), through ``norm`` first: as one op where it can be, see `is_fusable`."""
+        core = [self.dt_weight, self.dt_bias, -torch.exp(self.A_log.flatten()), self.D, self.state_fusion.taps()]
+        out_norm, eps, dtype = self.norm, self.norm.eps, matmul_dtype(x)
+        if dtype == torch.float16:
+            # A power of two, and the norm's eps takes its square: the factor changes nothing but the range.
+            core[-2:] = (self.FLOAT16_FACTOR * tensor for tensor in core[-2:])
+            eps *= self.FLOAT16_FACTOR**2
+        if is_fusable(norm, self.in_proj, self.dwconv, self.x_proj, self.out_proj):
+            return ssm_layer(
+                x, norm.weight, norm.bias, self.in_proj.weight, self.dwconv.weight, self.dwconv.bias,
+                self.x_proj.weight, *core, out_norm.weight, out_norm.bias, self.out_proj.weight, eps=norm.eps,
+                out_eps=eps,
+            )  # fmt: skip
+        u, z = self.in_proj(norm(x)).chunk(2, dim=-1)
         u = self.dwconv(u)
         dt, B, C = self.x_proj(u).split((self.rank, 1, 1), dim=-1)
-        A = -torch.exp(self.A_log.flatten())
-        D, taps, eps = self.D, self.state_fusion.taps(), self.norm.eps
-        if u.dtype == torch.float16:
-            # A power of two, and the norm's eps takes its square: the factor changes nothing but the range.
-            D, taps, eps = self.FLOAT16_FACTOR * D, self.FLOAT16_FACTOR * taps, self.FLOAT16_FACTOR**2 * eps
-        y = structure_aware_ssm(u, dt, B, C, self.dt_weight, self.dt_bias, A, D, taps)
-        return self.out_proj(gated_norm(y, z, self.norm.weight, self.norm.bias, eps))
+        y = structure_aware_ssm(u, dt, B, C, *core)
+        return self.out_proj(gated_norm(y, z, out_norm.weight, out_norm.bias, eps))
