@@ -54,16 +54,18 @@ def gated_norm_reference(y, z, weight, bias, eps) -> torch.Tensor:
     return (F.layer_norm(y_acc, y.shape[-1:], weight, bias, eps) * F.silu(z_acc)).to(y.dtype).contiguous()
 
 
-def gated_norm_backward_reference(dout, y, z, weight, bias, eps) -> tuple[torch.Tensor, ...]:
-    """Computes the gradients of `gated_norm` with plain PyTorch, from the inputs alone."""
+def gated_norm_backward_reference(dout, y, z, weight, bias, eps, with_out=False) -> tuple[torch.Tensor, ...]:
+    """Computes the gradients of `gated_norm` with plain PyTorch, from the inputs alone, and its output if asked for."""
     dout, y_acc, z_acc = (x.to(weight.dtype) for x in (dout, y, z))
     shape = y.shape[-1:]
     norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(y_acc, shape, weight, bias, eps)
+    gate = F.silu(z_acc)
     dz = torch.ops.aten.silu_backward(dout * norm, z_acc)
     dy, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout * F.silu(z_acc), y_acc, shape, mean, inverse_deviation, weight, bias, [True, True, True]
+        dout * gate, y_acc, shape, mean, inverse_deviation, weight, bias, [True, True, True]
     )
-    return dy.to(y.dtype).contiguous(), dz.to(y.dtype).contiguous(), dweight, dbias
+    out = norm * gate if with_out else norm.new_empty(0)
+    return *(x.to(y.dtype).contiguous() for x in (dy, dz)), dweight, dbias, out.to(y.dtype).contiguous()
 
 
 def _setup_context(ctx, inputs, output):
@@ -72,7 +74,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout):
-    return *torch.ops.mmspatialmamba.gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps), None
+    *gradients, _ = torch.ops.mmspatialmamba.gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+    return *gradients, None
+
+
+def _fake_backward(dout, y, z, weight, bias, eps, with_out=False):
+    out = y.new_empty(y.shape if with_out else 0)
+    return *(tensor.new_empty(tensor.shape) for tensor in (y, z, weight, bias)), out
 
 
 define(
@@ -82,10 +90,10 @@ define(
     slow=False,
 )
 define(
-    'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps)'
-    ' -> (Tensor dy, Tensor dz, Tensor dweight, Tensor dbias)',
+    'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps, bool with_out=False)'
+    ' -> (Tensor dy, Tensor dz, Tensor dweight, Tensor dbias, Tensor out)',
     gated_norm_backward_reference,
-    lambda dout, y, z, weight, bias, eps: tuple(tensor.new_empty(tensor.shape) for tensor in (y, z, weight, bias)),
+    _fake_backward,
     slow=False,
 )
 register_autograd('gated_norm', _backward, _setup_context)

@@ -127,12 +127,11 @@ def _backward_kernel(
     d, (E, R) = x.shape[-1], dt_weight.shape
     before, z = uz.chunk(2, -1)
 
-    gated = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps)
+    dy, dz, dout_norm_weight, dout_norm_bias, gated = OPS.gated_norm_backward(
+        dout @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps, True
+    )
     dout_weight = dout.reshape(-1, d).T @ gated.view(-1, E)
     del gated
-    dy, dz, dout_norm_weight, dout_norm_bias = OPS.gated_norm_backward(
-        dout @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps
-    )
     du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     del dy
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
@@ -144,10 +143,11 @@ def _backward_kernel(
     x_acc = x.to(norm_weight.dtype)
     norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(x_acc, (d,), norm_weight, norm_bias, eps)
     norm = norm.to(uz.dtype).view(-1, d)
-    dhalves = [half.view(-1, E) for half in (dbefore, dz)]
-    din_weight = torch.cat([half.T @ norm for half in dhalves])
-    weights = in_weight.chunk(2)
-    dnorm = (dhalves[0] @ weights[0]).addmm_(dhalves[1], weights[1])
+    dbefore, dz = dbefore.view(-1, E), dz.view(-1, E)
+    din_weight = torch.empty_like(in_weight)
+    torch.mm(dbefore.T, norm, out=din_weight[:E])
+    torch.mm(dz.T, norm, out=din_weight[E:])
+    dnorm = (dbefore @ in_weight[:E]).addmm_(dz, in_weight[E:])
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
         dnorm.to(x_acc.dtype).view(x.shape), x_acc, (d,), mean, inverse_deviation, norm_weight, norm_bias, [True] * 3
     )

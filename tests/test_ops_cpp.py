@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from mmspatialmamba.ops import backends
 from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
+from mmspatialmamba.ops.mlp import mlp_backward_reference, mlp_reference
 from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
-from oracles import conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import conv_arguments, mlp_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytestmark = pytest.mark.skipif(
     backends()['cpu'].implementation != 'cpp', reason=f'no C++ kernels: {backends()["cpu"].reason}'
@@ -145,7 +146,30 @@ def test_parity_gated_norm(grid, dtype):
         arguments = (*norm_arguments(grid, channels, dtype), 1e-5)
         check_parity(OPS.gated_norm, gated_norm_reference, arguments)
         dout = gradient_like(arguments[0])
-        check_parity(OPS.gated_norm_backward, gated_norm_backward_reference, (dout, *arguments))
+        check_parity(OPS.gated_norm_backward, gated_norm_backward_reference, (dout, *arguments, True))
+
+
+# Largest relative errors of forward and backward: 16 bits round norm, hidden values and products one after the other.
+MLP_MEASURED = {torch.float64: 7.4e-16, torch.float32: 9.0e-7, torch.bfloat16: 7.8e-3, torch.float16: 8.0e-4}
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('tokens', [1, 17, 2049])
+def test_parity_mlp(tokens, dtype):
+    for channels in CHANNELS[1:]:
+        x, norm_weight, norm_bias, *parameters = mlp_arguments(tokens, channels, dtype)
+        # The matrices and the second bias in the dtype of the map, as the public function passes them.
+        parameters = [p if i == 1 else p.to(dtype) for i, p in enumerate(parameters)]
+        arguments = (x, norm_weight, norm_bias, 1e-5, *parameters)
+        out, hidden = OPS.mlp(*arguments, True)
+        dout = gradient_like(out)
+        actual = (out, hidden, *OPS.mlp_backward(dout, *arguments[:-1], hidden))
+        exact = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+        expected = mlp_reference(*exact, True)
+        expected = (*expected, *mlp_backward_reference(dout.double(), *exact[:-1], expected[1]))
+        for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            assert relative_error(one, other) < 10 * MLP_MEASURED[dtype], f'output {index}'
+        assert torch.equal(OPS.mlp(*arguments, False)[0], out)
 
 
 @pytest.mark.parametrize('rank', [1, 2, 9, 32])

@@ -23,6 +23,27 @@ inline void transpose(Vec<acc_t> (&rows)[LANES<acc_t>]) {
   }
 }
 
+/// The sums of ROWS neighbouring values of r below, of the first `tile` lanes. Several at a time, because each is a chain
+/// of additions that wait for one another.
+template <int ROWS, typename acc_t, typename Count>
+inline void add_weighted_channels(
+    const Vec<acc_t> (&channel)[LANES<acc_t>], int64_t tile, Count count, const acc_t* weight, int64_t R, acc_t* sums,
+    int64_t stride) {
+  Vec<acc_t> sum[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    sum[i] = Vec<acc_t>::loadu(sums + i * stride, tile);
+  }
+#pragma GCC unroll 16
+  for (int64_t c = 0; c < count; ++c) {
+    for (int i = 0; i < ROWS; ++i) {
+      sum[i] = at::vec::fmadd(channel[c], Vec<acc_t>(weight[c * R + i]), sum[i]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    sum[i].store(sums + i * stride, tile);
+  }
+}
+
 /// sums[r * stride + t] += sum over channels of values[t][channel] * weight[channel][r]
 ///
 /// Args:
@@ -39,13 +60,12 @@ inline void add_channel_sums(
       channel[i] = Vec<acc_t>::loadu(values + (t + i) * LANES<acc_t>);
     }
     transpose<acc_t>(channel);
-    for (int64_t r = 0; r < R; ++r) {
-      acc_t* out = sums + r * stride + t;
-      Vec<acc_t> sum = Vec<acc_t>::loadu(out, tile);
-      for (int64_t c = 0; c < count; ++c) {
-        sum = at::vec::fmadd(channel[c], Vec<acc_t>(weight[c * R + r]), sum);
-      }
-      sum.store(out, tile);
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4) {
+      add_weighted_channels<4>(channel, tile, count, weight + r, R, sums + r * stride + t, stride);
+    }
+    for (; r < R; ++r) {
+      add_weighted_channels<1>(channel, tile, count, weight + r, R, sums + r * stride + t, stride);
     }
   }
 }
@@ -98,16 +118,23 @@ class TokenSums {
   void write(int64_t first, const at::Tensor& out) const {
     const int64_t width = out.size(-1);
     scalar_t* data = out.mutable_data_ptr<scalar_t>();
+    constexpr int64_t TILE = 64;
     at::parallel_for(0, N_ * width, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / width;
         const int64_t i = task % width;
-        for (int64_t t = 0; t < L_; ++t) {
-          acc_t sum = 0;
+        for (int64_t first_token = 0; first_token < L_; first_token += TILE) {
+          const int64_t tile = std::min(TILE, L_ - first_token);
+          acc_t sums[TILE] = {};
           for (int64_t group = 0; group < groups_; ++group) {
-            sum += part(n, group, first + i)[t];
+            const acc_t* values = part(n, group, first + i) + first_token;
+            for (int64_t t = 0; t < tile; ++t) {
+              sums[t] += values[t];
+            }
           }
-          data[(n * L_ + t) * width + i] = static_cast<scalar_t>(sum);
+          for (int64_t t = 0; t < tile; ++t) {
+            data[(n * L_ + first_token + t) * width + i] = static_cast<scalar_t>(sums[t]);
+          }
         }
       }
     });

@@ -82,6 +82,7 @@ struct NormGradients {
   const scalar_t* dout; // (tokens, E)
   scalar_t* dy; // (tokens, E)
   scalar_t* dz; // (tokens, E)
+  scalar_t* out; // (tokens, E), the forward op's result once more, or nullptr
 };
 
 template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
@@ -99,6 +100,9 @@ template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
     const Vec<acc_t> gate = load(z + first, count);
     const Vec<acc_t> gradient = load(dout + first, count);
     const Vec<acc_t> s = sigmoid(gate);
+    if (g.out != nullptr) {
+      store(g.out + t * p.E + first, norm * gate * s, count);
+    }
     store(g.dz + t * p.E + first, gradient * norm * s * at::vec::fmadd(gate, one - s, one), count);
     const Vec<acc_t> dnorm = gradient * gate * s;
     store(dbias + first, load(dbias + first, count) + dnorm, count);
@@ -157,20 +161,22 @@ at::Tensor gated_norm(
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_backward(
     const at::Tensor& dout, const at::Tensor& y, const at::Tensor& z, const at::Tensor& weight, const at::Tensor& bias,
-    double eps) {
+    double eps, bool with_out) {
   check_inputs(y, z, weight, bias);
   check_tensor("dout", dout, y.sizes(), y.scalar_type());
   const at::Tensor y_ = y.contiguous(), z_ = evenly_spaced(z), weight_ = weight.contiguous(), bias_ = bias.contiguous();
   const at::Tensor dout_ = dout.contiguous();
   at::Tensor dy = at::empty(y.sizes(), y.options()), dz = at::empty(y.sizes(), y.options());
+  at::Tensor out = with_out ? at::empty(y.sizes(), y.options()) : at::empty({0}, y.options());
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "gated_norm_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const auto p = norm_problem<scalar_t>(y_, z_, weight_, bias_, eps);
     const NormGradients<scalar_t> gradients{
-        dout_.const_data_ptr<scalar_t>(), dy.mutable_data_ptr<scalar_t>(), dz.mutable_data_ptr<scalar_t>()};
+        dout_.const_data_ptr<scalar_t>(), dy.mutable_data_ptr<scalar_t>(), dz.mutable_data_ptr<scalar_t>(),
+        with_out ? out.mutable_data_ptr<scalar_t>() : nullptr};
     at::Tensor parts = at::zeros({p.tasks(), 2, p.E}, weight.options());
     acc_t* parts_data = parts.mutable_data_ptr<acc_t>();
     at::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -185,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_backward(
     });
     sums = parts.sum(0);
   });
-  return {dy, dz, sums[0].contiguous(), sums[1].contiguous()};
+  return {dy, dz, sums[0].contiguous(), sums[1].contiguous(), out};
 }
 
 } // namespace

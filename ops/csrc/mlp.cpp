@@ -5,7 +5,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
@@ -103,12 +102,15 @@ void activate_backward(
   dbias.add_(parts.sum(0));
 }
 
-/// total += a b, in the dtype of `total`, which 16 bits would not do for a sum over many parts.
-void add_product(at::Tensor& total, const at::Tensor& a, const at::Tensor& b) {
-  if (a.scalar_type() == total.scalar_type()) {
-    total.addmm_(a, b);
+/// total = a b for the first part, then total += a b: in the dtype of `total`, as 16 bits would not do for many parts.
+void add_product(at::Tensor& total, const at::Tensor& a, const at::Tensor& b, bool first) {
+  if (a.scalar_type() != total.scalar_type()) {
+    const at::Tensor product = at::mm(a, b);
+    first ? total.copy_(product) : total.add_(product);
+  } else if (first) {
+    at::mm_out(total, a, b);
   } else {
-    total.add_(at::mm(a, b));
+    total.addmm_(a, b);
   }
 }
 
@@ -175,7 +177,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t part = std::min(tokens, TOKENS_AT_ONCE);
   at::Tensor dx = at::empty(x.sizes(), x.options());
   at::Tensor dnorm_weight = at::zeros_like(norm_weight), dnorm_bias = at::zeros_like(norm_bias);
-  at::Tensor dweight1 = at::zeros({F, d}, bias1.options()), dweight2 = at::zeros({d, F}, bias1.options());
+  at::Tensor dweight1 = at::empty({F, d}, bias1.options()), dweight2 = at::empty({d, F}, bias1.options());
+  if (tokens == 0) {
+    dweight1.zero_();
+    dweight2.zero_();
+  }
   at::Tensor dbias1 = at::zeros({F}, bias1.options());
   const at::Tensor activated = at::empty({part, F}, weight1.options());
   const at::Tensor gradient = at::empty({part, F}, weight1.options());
@@ -189,9 +195,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "mlp_backward", [&] {
       activate_backward<scalar_t>(hidden_.narrow(0, first, count), bias1_, activated_part, gradient_part, dbias1);
     });
-    add_product(dweight2, dout_part.t(), activated_part);
+    add_product(dweight2, dout_part.t(), activated_part, first == 0);
     const Norm norm = layer_norm(x_part, norm_weight, norm_bias, eps);
-    add_product(dweight1, gradient_part.t(), norm.out.to(dtype));
+    add_product(dweight1, gradient_part.t(), norm.out.to(dtype), first == 0);
     at::mm_out(dnorm_part, gradient_part, weight1);
     const auto [dx_part, dweight_part, dbias_part] = at::native_layer_norm_backward(
         dnorm_part.to(norm_weight.scalar_type()), x_part.to(norm_weight.scalar_type()), {d}, norm.mean,
