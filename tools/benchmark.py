@@ -105,10 +105,14 @@ def benchmark_ops(args: argparse.Namespace) -> list[dict]:
                 f'{op} forward, reference': reference,
             }
             times = measure(candidates, args.device, args.rounds)
-            copy = statistics.median(times['copy'])
             for name, seconds in times.items():
                 rows.append(
-                    {'shape': shape, 'row': name, **summarise(seconds), 'times_copy': statistics.median(seconds) / copy}
+                    {
+                        'shape': shape,
+                        'row': name,
+                        **summarise(seconds),
+                        'times_copy': median_ratio(seconds, times['copy']),
+                    }
                 )
     return rows
 
@@ -280,14 +284,14 @@ def benchmark_backbones(args: argparse.Namespace) -> list[dict]:
         shape = (args.batch, 3, *parse_size(size))
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device)
         times = measure({name: step(model, x, args) for name, model in models.items()}, args.device, args.rounds)
-        first = statistics.median(times[next(iter(times))])
+        first = times[next(iter(times))]
         for name, seconds in times.items():
             rows.append(
                 {
                     'size': size,
                     'row': name,
                     **summarise(seconds),
-                    'ratio_of_first_row': first / statistics.median(seconds),
+                    'first_row_in_it': median_ratio(first, seconds),
                     'peak_memory_MiB': peak_memory(name, shape, args),
                 }
             )
@@ -320,6 +324,11 @@ def summarise(seconds: list[float]) -> dict[str, float]:
     """Returns median and quartiles in milliseconds."""
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {'median_ms': 1e3 * median, 'quartile_1_ms': 1e3 * low, 'quartile_3_ms': 1e3 * high}
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Returns the median over the rounds of the ratio of two candidates, which drifts of the machine leave alone."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def peak_memory(name: str, shape: tuple[int, ...], args: argparse.Namespace) -> float:
