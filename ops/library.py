@@ -25,10 +25,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with ``x``: autocast's where that is on and x not float64, else its own."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and _is_autocast_on(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _is_autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
@@ -45,7 +48,12 @@ def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) 
     def kernel(*args):
         if slow:
             _warn_if_slow(name, args[0])
-        return reference(*args)
+        device = args[0].device.type
+        if not _is_autocast_on(device):
+            return reference(*args)
+        # The arguments have the dtypes to compute in, also where backward runs inside of an autocast context.
+        with torch.autocast(device, enabled=False):
+            return reference(*args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')

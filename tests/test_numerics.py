@@ -175,6 +175,20 @@ def autocast(dtype):
     return torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32)
 
 
+def test_backward_inside_of_autocast_computes_in_the_dtype_of_forward():
+    x = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = backbone().train()
+        out = sum((out**3).sum() for out in model(x))
+        with autocast(dtype):
+            gradients.append(torch.autograd.grad(out, list(model.stages.parameters())))
+    # PyTorch's own backward functions round to 16 bits there.
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() <= 0.1 * other.norm().clamp_min(1.0)
+
+
 def backbone(**arguments):
     torch.manual_seed(0)
     return SpatialMamba(**{'arch': SMALL, 'drop_path_rate': 0.0, **arguments})
@@ -245,14 +259,17 @@ def shapes_losses(folder, dtype, seed, iterations):
 
 @pytest.mark.long
 def test_mixed_precision_trains_as_float32_does(tmp_path):
-    """Mean loss of the last six of twelve steps: within three standard deviations of float32 with three seeds.
+    """Mean loss of the last six of twelve steps: within three deviations of the mean of float32 with three seeds.
 
-    Measured: float32 1.55, 2.18, 2.00; bfloat16 1.58; float16 2.18. The first losses are about 4.
+    Measured: float32 1.55, 2.18, 2.00; bfloat16 1.58; float16 2.18; by other kernels float32 2.02 (deviation 0.08),
+    bfloat16 1.60. The deviation is that of both sets of three, as three runs alone do not tell it. The first losses are
+    about 4.
     """
+    deviation = 0.23
     folder = tmp_path / 'shapes'
     subprocess.run([sys.executable, ROOT / 'tools' / 'make_shapes_dataset.py', folder], check=True)
     single = [shapes_losses(folder, torch.float32, seed, 12)[6:].mean() for seed in range(3)]
-    deviation, mean = torch.std_mean(torch.stack(single))
+    mean = torch.stack(single).mean()
     for dtype in HALF_DTYPES:
         losses = shapes_losses(folder, dtype, 0, 12)
         assert losses.isfinite().all()

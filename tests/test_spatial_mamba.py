@@ -46,6 +46,12 @@ def test_any_size_gives_contiguous_maps_at_four_strides(size):
         assert output.isfinite().all()
 
 
+def test_shapes_on_the_meta_device():
+    with torch.device('meta'):
+        outputs = SpatialMamba(SMALL)(torch.zeros(2, 3, 64, 32))
+    assert [tuple(out.shape) for out in outputs] == [(2, 8 * 2**i, 16 // 2**i, 8 // 2**i) for i in range(4)]
+
+
 def test_empty_batch():
     assert [out.shape[0] for out in small().eval()(image(batch=0))] == [0, 0, 0, 0]
 
