@@ -110,6 +110,12 @@ def norm_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=4):
     return *maps, normal(channels).to(parameter_dtype), normal(channels).to(parameter_dtype)
 
 
+def layer_norm(x, weight, bias, eps=1e-5):
+    """(x - mean) / sqrt(variance + eps) · weight + bias."""
+    difference = x - x.mean(-1, keepdim=True)
+    return difference / (difference.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
 def mlp_arguments(tokens, channels=5, dtype=torch.float64, hidden=None, seed=5):
     """x, norm_weight, norm_bias, weight1, bias1, weight2, bias2 of `mlp`; parameters as those of `ssm_inputs`."""
     generator = torch.Generator().manual_seed(seed)

@@ -100,16 +100,16 @@ class Downsample(nn.Module):
         channels: Number of input channels d.
     """
 
+    PARTS = 4
+    """In which a CPU takes the hidden channels, whose map is the largest of all: a quarter of it is still in the cache
+    when the depthwise convolution reads it."""
+
     def __init__(self, channels: int):
         super().__init__()
         hidden = 8 * channels
         self.expand = nn.Conv2d(channels, hidden, 1)
         self.dwconv = DepthwiseConv(hidden, stride=2, activation='relu', relu_input=True)
         self.project = ConvNorm(hidden, 2 * channels, 1, bias=True)
-
-    PARTS = 4
-    """In which a CPU takes the hidden channels, whose map is the largest of all: a quarter of it is still in the cache
-    when the depthwise convolution reads it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
