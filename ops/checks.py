@@ -40,6 +40,13 @@ def check_parameter(op: str, name: str, value: object, shape: tuple[int, ...], l
         raise ValueError(f'{op}: {name} must be on the device of the first argument, {like.device}, got {value.device}')
 
 
+def check_scale(op: str, scale: object, x: torch.Tensor) -> None:
+    """Raises unless ``scale`` holds one factor for each image of ``x`` and needs no gradient."""
+    check_parameter(op, 'scale', scale, x.shape[:1], x)
+    if scale.requires_grad:
+        raise ValueError(f'{op}: scale must not require a gradient, as backward computes none for it')
+
+
 def check_not_empty(op: str, name: str, value: torch.Tensor) -> None:
     """Raises if any dimension of ``value`` but the batch is 0."""
     if 0 in value.shape[1:]:

@@ -1,10 +1,11 @@
-"""The norm and the MLP of a Spatial-Mamba block as one op, which keeps the hidden values once."""
+"""The MLP branch of a Spatial-Mamba block, norm and skip connection included, as one op."""
 
 import torch
 import torch.nn.functional as F
 
-from .checks import check_parameter, check_tensor, refuse_forward_mode
+from .checks import check_parameter, check_scale, check_tensor, refuse_forward_mode
 from .library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
+from .residual import add_branch, scale_gradient
 
 
 def mlp(
@@ -15,27 +16,29 @@ def mlp(
     bias1: torch.Tensor,
     weight2: torch.Tensor,
     bias2: torch.Tensor,
+    scale: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Computes ``GELU(LN(x) weight1ᵀ + bias1) weight2ᵀ + bias2`` for each token, with the exact GELU.
+    """Computes ``x + scale · (GELU(LN(x) weight1ᵀ + bias1) weight2ᵀ + bias2)`` for each token, with the exact GELU.
 
     Args:
-        x: Tokens, (..., d); float32, float64, bfloat16 or float16.
+        x: Tokens, (N, ..., d); float32, float64, bfloat16 or float16.
         norm_weight: Scale of the LayerNorm, (d,), dimensionless.
         norm_bias: Shift of the LayerNorm, (d,), dimensionless.
         weight1: First matrix, (F, d).
         bias1: Its bias, (F,).
         weight2: Second matrix, (d, F).
         bias2: Its bias, (d,).
+        scale: Factor on the branch of each image, as drop path draws it, (N,), without gradient; None for 1.
         eps: Added to the variance, in units of x².
 
     Returns:
-        out, (..., d), contiguous, dtype of the products.
+        out, (N, ..., d), contiguous, of the dtype to which that of ``x`` and that of the products promote.
 
     Raises:
         TypeError: A tensor is no floating-point tensor.
-        ValueError: An argument has another shape or device than stated above.
+        ValueError: An argument has another shape or device than stated above, or ``scale`` requires a gradient.
         NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
@@ -49,8 +52,8 @@ def mlp(
     """
     op = 'mlp'
     check_tensor(op, 'x', x, getattr(x, 'ndim', 0))
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f'{op}: x must have at least one dimension and one channel, got shape {tuple(x.shape)}')
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f'{op}: x must have at least two dimensions and one channel, got shape {tuple(x.shape)}')
     d = x.shape[-1]
     check_tensor(op, 'weight1', weight1, 2)
     hidden = len(weight1)
@@ -62,78 +65,87 @@ def mlp(
         check_parameter(op, name, argument, shape, x)
     tensors = (x, *(argument for argument, _ in arguments.values()))
     refuse_forward_mode(op, *tensors)
-    acc, dtype = accumulation_dtype(x.dtype), matmul_dtype(x)
+    dtype = matmul_dtype(x)
+    x = x.to(torch.promote_types(x.dtype, dtype))
+    acc = accumulation_dtype(x.dtype)
+    if scale is not None:
+        check_scale(op, scale, x)
+        scale = scale.to(x.dtype).repeat_interleave(x.shape[1:-1].numel())
     out, _ = torch.ops.mmspatialmamba.mlp(
         x.reshape(-1, d), norm_weight.to(acc), norm_bias.to(acc), eps, weight1.to(dtype),
-        bias1.to(accumulation_dtype(dtype)), weight2.to(dtype), bias2.to(dtype),
+        bias1.to(accumulation_dtype(dtype)), weight2.to(dtype), bias2.to(dtype), scale,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )  # fmt: skip
     return out.view(x.shape)
 
 
 def mlp_reference(
-    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, keep_hidden
+    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, keep_hidden
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes `mlp` of tokens (L, d) with plain PyTorch, and returns the hidden values without their bias."""
+    """Computes `mlp` of tokens (L, d), ``scale`` given for each (L,), with plain PyTorch.
+
+    Returns the hidden values, without their bias, besides.
+    """
     norm = F.layer_norm(x.to(norm_weight.dtype), x.shape[-1:], norm_weight, norm_bias, eps)
     hidden = norm.to(weight1.dtype) @ weight1.T
-    out = F.linear(F.gelu(hidden + bias1).to(weight2.dtype), weight2, bias2)
-    return out, hidden if keep_hidden else hidden.new_empty((0, len(weight1)))
+    branch = F.linear(F.gelu(hidden + bias1).to(weight2.dtype), weight2, bias2)
+    return add_branch(x, branch, scale), hidden if keep_hidden else hidden.new_empty((0, len(weight1)))
 
 
 def mlp_backward_reference(
-    dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, hidden
+    dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, scale, hidden
 ) -> tuple[torch.Tensor, ...]:
     """Computes the gradients of `mlp` with plain PyTorch, from x and the hidden values."""
     dtype, shape = weight1.dtype, x.shape[-1:]
+    dbranch = scale_gradient(dout, scale).to(dtype)
     x_acc, before = x.to(norm_weight.dtype), hidden + bias1
     norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(x_acc, shape, norm_weight, norm_bias, eps)
-    dbefore = torch.ops.aten.gelu_backward((dout @ weight2).to(bias1.dtype), before)
-    dweight2 = dout.T @ F.gelu(before).to(dtype)
+    dbefore = torch.ops.aten.gelu_backward((dbranch @ weight2).to(bias1.dtype), before)
+    dweight2 = dbranch.T @ F.gelu(before).to(dtype)
     dbias1, dbefore = dbefore.sum(0), dbefore.to(dtype)
     dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
         (dbefore @ weight1).to(x_acc.dtype), x_acc, shape, mean, inverse_deviation, norm_weight, norm_bias, [True] * 3
     )
     return (
-        dx.to(x.dtype), dnorm_weight, dnorm_bias, dbefore.T @ norm.to(dtype), dbias1, dweight2,
-        dout.sum(0, dtype=bias1.dtype).to(dtype),
+        (dx + dout).to(x.dtype), dnorm_weight, dnorm_bias, dbefore.T @ norm.to(dtype), dbias1, dweight2,
+        dbranch.sum(0, dtype=bias1.dtype).to(dtype),
     )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, weight1, bias1, weight2, *_ = inputs
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight1, bias1, weight2, output[1])
+    x, norm_weight, norm_bias, ctx.eps, weight1, bias1, weight2, _, scale, _ = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight1, bias1, weight2, scale, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     x, norm_weight, norm_bias, *others = ctx.saved_tensors
     dx, dnorm_weight, dnorm_bias, *gradients = torch.ops.mmspatialmamba.mlp_backward(
         dout, x, norm_weight, norm_bias, ctx.eps, *others
     )
-    return dx, dnorm_weight, dnorm_bias, None, *gradients, None
+    return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None
 
 
-def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, keep_hidden):
+def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, keep_hidden):
     tokens = len(x)
-    return weight1.new_empty(tokens, len(weight2)), weight1.new_empty(tokens if keep_hidden else 0, len(weight1))
+    return x.new_empty(tokens, len(weight2)), weight1.new_empty(tokens if keep_hidden else 0, len(weight1))
 
 
 define(
     'mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2,'
-    ' Tensor bias2, bool keep_hidden) -> (Tensor out, Tensor hidden)',
+    ' Tensor bias2, Tensor? scale, bool keep_hidden) -> (Tensor out, Tensor hidden)',
     mlp_reference,
     _fake,
     slow=False,
 )
 define(
     'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1,'
-    ' Tensor weight2, Tensor hidden) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight1,'
-    ' Tensor dbias1, Tensor dweight2, Tensor dbias2)',
+    ' Tensor weight2, Tensor? scale, Tensor hidden) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,'
+    ' Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
     mlp_backward_reference,
-    lambda dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, hidden: (
+    lambda dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, scale, hidden: (
         tuple(tensor.new_empty(tensor.shape) for tensor in (x, norm_weight, norm_bias, weight1, bias1, weight2))
         + (weight2.new_empty(len(weight2)),)
     ),

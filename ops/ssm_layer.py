@@ -1,10 +1,11 @@
-"""The norm and the whole state space layer of a Spatial-Mamba block as one op, made of the others and of products."""
+"""The state space branch of a Spatial-Mamba block, norm and skip connection included, as one op made of the others."""
 
 import torch
 import torch.nn.functional as F
 
-from .checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
+from .checks import check_not_empty, check_parameter, check_scale, check_tensor, refuse_forward_mode
 from .library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
+from .residual import add_branch, scale_gradient
 from .state_fusion import TAP_OFFSETS
 
 OPS = torch.ops.mmspatialmamba
@@ -27,17 +28,18 @@ def ssm_layer(
     out_norm_weight: torch.Tensor,
     out_norm_bias: torch.Tensor,
     out_weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
     out_eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Computes the state space layer of a block, from its norm to its last projection.
+    """Computes the state space branch of a block, from its norm to its skip connection.
 
     1. ``u, z = split(LN(x) in_weightᵀ)``, each (N, H, W, E).
     2. ``u = SiLU(conv(u) + conv_bias)``, see `depthwise_conv`.
     3. ``dt, B, C = split(u x_weightᵀ)``, of R, 1 and 1 channels.
     4. ``y = structure_aware_ssm(u, dt, B, C, dt_weight, dt_bias, A, D, taps)``, see `structure_aware_ssm`.
-    5. ``out = gated_norm(y, z) out_weightᵀ``, see `gated_norm`.
+    5. ``out = x + scale · gated_norm(y, z) out_weightᵀ``, see `gated_norm`.
 
     Args:
         x: Map, (N, H, W, d), channels last; float32, float64, bfloat16 or float16.
@@ -55,15 +57,16 @@ def ssm_layer(
         out_norm_weight: Scale of the gated LayerNorm, (E,), dimensionless.
         out_norm_bias: Shift of the gated LayerNorm, (E,), dimensionless.
         out_weight: Last projection, (d, E).
+        scale: Factor on the branch of each image, as drop path draws it, (N,), without gradient; None for 1.
         eps: Added to the variance of the first norm, in units of x².
         out_eps: Added to the variance of the gated norm, in units of y².
 
     Returns:
-        out, (N, H, W, d), contiguous, dtype of the products.
+        out, (N, H, W, d), contiguous, of the dtype to which that of ``x`` and that of the products promote.
 
     Raises:
         TypeError: An argument is no floating-point tensor.
-        ValueError: An argument has another shape or device than stated above.
+        ValueError: An argument has another shape or device than stated above, or ``scale`` requires a gradient.
         NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
@@ -94,19 +97,23 @@ def ssm_layer(
     tensors = (x, *(argument for argument, _ in arguments.values()))
     refuse_forward_mode(op, *tensors)
     dtype = matmul_dtype(x)
+    x = x.to(torch.promote_types(x.dtype, dtype))
     x_acc, acc = accumulation_dtype(x.dtype), accumulation_dtype(dtype)
+    if scale is not None:
+        check_scale(op, scale, x)
+        scale = scale.to(x.dtype)
     inner = (conv_weight, conv_bias, dt_weight, dt_bias, A, D, taps, out_norm_weight, out_norm_bias)
     out, *_ = OPS.ssm_layer(
         x, norm_weight.to(x_acc), norm_bias.to(x_acc), eps,
         in_weight.to(dtype), x_weight.to(dtype), out_weight.to(dtype), *(tensor.to(acc) for tensor in inner), out_eps,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        scale, torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )  # fmt: skip
     return out
 
 
 def _forward(
     x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias, A, D,
-    taps, out_norm_weight, out_norm_bias, out_eps, keep,
+    taps, out_norm_weight, out_norm_bias, out_eps, scale, keep,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     norm = F.layer_norm(x.to(norm_weight.dtype), x.shape[-1:], norm_weight, norm_bias, eps)
     uz = norm.to(in_weight.dtype) @ in_weight.T
@@ -115,23 +122,24 @@ def _forward(
     u = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
     steps = u @ x_weight.T
     y = OPS.structure_aware_ssm(u, *_split(steps), dt_weight, dt_bias, A, D, taps)
-    out = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps) @ out_weight.T
+    branch = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps) @ out_weight.T
     kept = (uz, u, steps, y)
-    return out, *(kept if keep else [tensor.new_empty(0) for tensor in kept])
+    return add_branch(x.contiguous(), branch, scale), *(kept if keep else [tensor.new_empty(0) for tensor in kept])
 
 
 def _backward_kernel(
     dout, x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias,
-    A, D, taps, out_norm_weight, out_norm_bias, out_eps, uz, u, steps, y,
+    A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale, uz, u, steps, y,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     d, (E, R) = x.shape[-1], dt_weight.shape
     before, z = uz.chunk(2, -1)
+    dbranch = scale_gradient(dout, scale).to(uz.dtype)
 
     dy, dz, dout_norm_weight, dout_norm_bias, gated = OPS.gated_norm_backward(
-        dout @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps, True
+        dbranch @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps, True
     )
-    dout_weight = dout.reshape(-1, d).T @ gated.view(-1, E)
-    del gated
+    dout_weight = dbranch.reshape(-1, d).T @ gated.view(-1, E)
+    del gated, dbranch
     du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     del dy
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
@@ -152,8 +160,8 @@ def _backward_kernel(
         dnorm.to(x_acc.dtype).view(x.shape), x_acc, (d,), mean, inverse_deviation, norm_weight, norm_bias, [True] * 3
     )
     return (
-        dx.to(x.dtype), dnorm_weight, dnorm_bias, din_weight, dx_weight, dout_weight, dconv_weight, dconv_bias, *dcore,
-        dout_norm_weight, dout_norm_bias,
+        dx.add_(dout).to(x.dtype), dnorm_weight, dnorm_bias, din_weight, dx_weight, dout_weight, dconv_weight,
+        dconv_bias, *dcore, dout_norm_weight, dout_norm_bias,
     )  # fmt: skip
 
 
@@ -162,26 +170,26 @@ def _split(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, *parameters, ctx.out_eps, _ = inputs
-    ctx.save_for_backward(x, norm_weight, norm_bias, *parameters, *output[1:])
+    x, norm_weight, norm_bias, ctx.eps, *parameters, ctx.out_eps, scale, _ = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, *parameters, scale, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):
     if dout is None:
-        return (None,) * 18
-    *inputs, uz, u, steps, y = ctx.saved_tensors
+        return (None,) * 19
+    *inputs, scale, uz, u, steps, y = ctx.saved_tensors
     dx, dnorm_weight, dnorm_bias, *gradients = OPS.ssm_layer_backward(
-        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, uz, u, steps, y
+        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, scale, uz, u, steps, y
     )
-    return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None
+    return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None, None
 
 
 def _fake(x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, *others):
     *_, keep = others
     widths = (len(in_weight), len(conv_weight), len(x_weight), len(conv_weight))
     shapes = [(*x.shape[:-1], width) if keep else (0,) for width in widths]
-    return in_weight.new_empty(x.shape), *(in_weight.new_empty(shape) for shape in shapes)
+    return x.new_empty(x.shape), *(in_weight.new_empty(shape) for shape in shapes)
 
 
 def _fake_backward(dout, x, norm_weight, norm_bias, eps, *others):
@@ -192,7 +200,7 @@ def _fake_backward(dout, x, norm_weight, norm_bias, eps, *others):
 _PARAMETERS = (
     'Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor in_weight, Tensor x_weight, Tensor out_weight,'
     ' Tensor conv_weight, Tensor conv_bias, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, Tensor taps,'
-    ' Tensor out_norm_weight, Tensor out_norm_bias, float out_eps'
+    ' Tensor out_norm_weight, Tensor out_norm_bias, float out_eps, Tensor? scale'
 )
 define(
     f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',

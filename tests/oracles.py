@@ -125,7 +125,7 @@ def mlp_arguments(tokens, channels=5, dtype=torch.float64, hidden=None, seed=5):
     def normal(*shape, dtype=parameter_dtype):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    x = 3 * normal(tokens, channels, dtype=dtype) + 1
+    x = 0.3 * normal(tokens, channels, dtype=dtype) + 0.1
     weight1, weight2 = normal(hidden, channels) * channels**-0.5, normal(channels, hidden) * hidden**-0.5
     return x, normal(channels), normal(channels), weight1, normal(hidden), weight2, normal(channels)
 

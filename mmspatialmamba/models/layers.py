@@ -7,6 +7,7 @@ from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import depthwise_conv, mlp
+from ..ops.residual import add_branch
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -129,7 +130,7 @@ class Downsample(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between, of ratio 4.
+    """MLP branch of a block: two linear layers with an exact GELU between, of ratio 4, and the skip connection.
 
     Args:
         channels: Number of channels d of input and output.
@@ -141,12 +142,18 @@ class MLP(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * channels, channels)
 
-    def forward(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """Maps (..., d) to (..., d), through ``norm`` first: as one op where it can be, see `is_fusable`."""
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns ``x + scale · MLP(norm(x))``, (N, H, W, d), as one op where it can be, see `is_fusable`.
+
+        Args:
+            x: Map, (N, H, W, d).
+            norm: What comes before the first linear layer.
+            scale: Factor on the branch of each image, (N,); None for 1.
+        """
         fc1, fc2 = self.fc1, self.fc2
         if is_fusable(norm, fc1, self.act, fc2):
-            return mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, eps=norm.eps)
-        return fc2(self.act(fc1(norm(x))))
+            return mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, scale, eps=norm.eps)
+        return add_branch(x, fc2(self.act(fc1(norm(x)))), scale)
 
 
 def is_fusable(*layers: nn.Module) -> bool:

@@ -44,17 +44,14 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = self.cpe1(x)
-        x = self._add(x, self.ssm(x, self.norm1))
-        x = self.cpe2(x)
-        return self._add(x, self.mlp(x, self.norm2))
+        x = self.ssm(self.cpe1(x), self.norm1, self._draw_scale(x))
+        return self.mlp(self.cpe2(x), self.norm2, self._draw_scale(x))
 
-    def _add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    def _draw_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the factor of drop path on the branch of each image, 0 or 1 / (1 - rate), (N,); None for 1."""
         if not self.training or not self.drop_path.drop_prob:
-            return x + branch
-        # The factor of each image, 0 or 1 / (1 - rate), so that factor and sum take one pass over the map.
-        factor = self.drop_path(branch.new_ones(len(branch), 1, 1, 1))
-        return torch.addcmul(x, branch, factor)
+            return None
+        return self.drop_path(x.new_ones(x.shape[0]))
 
 
 class Stage(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from ..ops import fusion_taps, gated_norm, ssm_layer, structure_aware_ssm
 from ..ops.library import matmul_dtype
+from ..ops.residual import add_branch
 from .layers import DepthwiseConv, is_fusable
 
 
@@ -34,7 +35,7 @@ class StateFusion(nn.Module):
 class StructureAwareSSM(nn.Module):
     """Structure-aware state space model with state size 1 (SSM of a Spatial-Mamba block).
 
-    Computes ``out = (LN(y) · SiLU(z)) W_out`` with ``u, z = split(x W_in)``, ``u = SiLU(dwconv3x3(u))`` and
+    Computes ``out = x + scale · (LN(y) · SiLU(z)) W_out`` with ``u, z = split(x W_in)``, ``u = SiLU(dwconv3x3(u))`` and
     ``y`` from `mmspatialmamba.ops.structure_aware_ssm`.
 
     Args:
@@ -75,8 +76,14 @@ class StructureAwareSSM(nn.Module):
         step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
-    def forward(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """Maps (N, H, W, d) to (N, H, W, d), through ``norm`` first: as one op where it can be, see `is_fusable`."""
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the map plus its branch, (N, H, W, d), as one op where it can be, see `is_fusable`.
+
+        Args:
+            x: Map, (N, H, W, d).
+            norm: What comes before the first projection.
+            scale: Factor on the branch of each image, (N,); None for 1.
+        """
         core = [self.dt_weight, self.dt_bias, -torch.exp(self.A_log.flatten()), self.D, self.state_fusion.taps()]
         out_norm, eps, dtype = self.norm, self.norm.eps, matmul_dtype(x)
         if dtype == torch.float16:
@@ -86,11 +93,11 @@ class StructureAwareSSM(nn.Module):
         if is_fusable(norm, self.in_proj, self.dwconv, self.x_proj, self.out_proj):
             return ssm_layer(
                 x, norm.weight, norm.bias, self.in_proj.weight, self.dwconv.weight, self.dwconv.bias,
-                self.x_proj.weight, *core, out_norm.weight, out_norm.bias, self.out_proj.weight, eps=norm.eps,
-                out_eps=eps,
+                self.x_proj.weight, *core, out_norm.weight, out_norm.bias, self.out_proj.weight, scale,
+                eps=norm.eps, out_eps=eps,
             )  # fmt: skip
         u, z = self.in_proj(norm(x)).chunk(2, dim=-1)
         u = self.dwconv(u)
         dt, B, C = self.x_proj(u).split((self.rank, 1, 1), dim=-1)
         y = structure_aware_ssm(u, dt, B, C, *core)
-        return self.out_proj(gated_norm(y, z, out_norm.weight, out_norm.bias, eps))
+        return add_branch(x, self.out_proj(gated_norm(y, z, out_norm.weight, out_norm.bias, eps)), scale)

@@ -1,11 +1,14 @@
-// mlp: LayerNorm, a linear layer, GELU and a second linear layer, a few tokens at a time; and its gradients.
+// mlp: a token plus its MLP branch (LayerNorm, linear layer, GELU, linear layer), some tokens at a time; its gradients.
 #include "blocks.h"
 #include "checks.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <ATen/ops/zeros.h>
@@ -51,25 +54,34 @@ inline Normal<acc_t> normal(const Vec<acc_t>& x) {
   }
 }
 
-/// activated = GELU(hidden + bias)
+/// values = GELU(values + bias); copies the values before to `kept`, if that is defined.
+///
+/// A product that writes to memory which is not in the cache takes up to twice as long: it had better write to a part
+/// that stays there, and this pass, which goes through memory in order, writes what is kept.
 template <typename scalar_t>
-void activate(const at::Tensor& hidden, const at::Tensor& bias, const at::Tensor& activated) {
+void activate(const at::Tensor& values, const at::Tensor& bias, const at::Tensor& kept) {
   using acc_t = at::opmath_type<scalar_t>;
-  const int64_t tokens = hidden.size(0), F = hidden.size(1);
-  const scalar_t* hidden_data = hidden.const_data_ptr<scalar_t>();
+  const int64_t tokens = values.size(0), F = values.size(1);
+  scalar_t* data = values.mutable_data_ptr<scalar_t>();
   const acc_t* bias_data = bias.const_data_ptr<acc_t>();
-  scalar_t* out = activated.mutable_data_ptr<scalar_t>();
+  scalar_t* kept_data = kept.defined() ? kept.mutable_data_ptr<scalar_t>() : nullptr;
   at::parallel_for(0, tokens, at::divup(tokens, TASKS), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for_vectors<acc_t>(F, [&](int64_t first, auto count) {
-        const Vec<acc_t> x = load(hidden_data + t * F + first, count) + load(bias_data + first, count);
-        store(out + t * F + first, x * normal<acc_t>(x).distribution, count);
+        const int64_t i = t * F + first;
+        const Vec<acc_t> hidden = load(data + i, count);
+        if (kept_data) {
+          store(kept_data + i, hidden, count);
+        }
+        const Vec<acc_t> x = hidden + load(bias_data + first, count);
+        store(data + i, x * normal<acc_t>(x).distribution, count);
       });
     }
   });
 }
 
-/// The same, and the gradient before the activation in place of the one after it; dbias grows by its sum over tokens.
+/// activated = GELU(hidden + bias), and the gradient before it in place of the one after it; dbias grows by its sum over
+/// tokens.
 template <typename scalar_t>
 void activate_backward(
     const at::Tensor& hidden, const at::Tensor& bias, const at::Tensor& activated, const at::Tensor& gradient,
@@ -126,7 +138,7 @@ Norm layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor&
 
 void check_inputs(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight1,
-    const at::Tensor& bias1, const at::Tensor& weight2) {
+    const at::Tensor& bias1, const at::Tensor& weight2, const std::optional<at::Tensor>& scale) {
   check_dim("x", x, 2);
   check_dim("weight1", weight1, 2);
   const int64_t d = x.size(1), F = weight1.size(0);
@@ -136,42 +148,52 @@ void check_inputs(
   check_tensor("weight1", weight1, {F, d}, dtype);
   check_tensor("bias1", bias1, {F}, at::toOpMathType(dtype));
   check_tensor("weight2", weight2, {d, F}, dtype);
+  if (scale) {
+    check_tensor("scale", *scale, {x.size(0)}, x.scalar_type());
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
-    bool keep_hidden) {
-  check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2);
+    const std::optional<at::Tensor>& scale, bool keep_hidden) {
+  check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2, scale);
   const int64_t tokens = x.size(0), d = x.size(1), F = weight1.size(0);
   check_tensor("bias2", bias2, {d}, weight1.scalar_type());
   const at::Tensor bias1_ = bias1.contiguous(), weight1_t = weight1.t(), weight2_t = weight2.t();
   const int64_t part = std::min(tokens, TOKENS_AT_ONCE);
-  at::Tensor out = at::empty({tokens, d}, weight1.options());
-  at::Tensor activated = at::empty({part, F}, weight1.options());
-  at::Tensor hidden = at::empty({keep_hidden ? tokens : part, F}, weight1.options());
+  at::Tensor out = at::empty({tokens, d}, x.options());
+  at::Tensor branch = at::empty({part, d}, weight1.options());
+  at::Tensor values = at::empty({part, F}, weight1.options());
+  at::Tensor hidden = at::empty({keep_hidden ? tokens : 0, F}, weight1.options());
   for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE) {
     const int64_t count = std::min(TOKENS_AT_ONCE, tokens - first);
-    const at::Tensor norm = layer_norm(x.narrow(0, first, count), norm_weight, norm_bias, eps).out;
-    at::Tensor hidden_part = hidden.narrow(0, keep_hidden ? first : 0, count);
-    at::Tensor activated_part = activated.narrow(0, 0, count);
-    at::Tensor out_part = out.narrow(0, first, count);
-    at::mm_out(hidden_part, norm.to(weight1.scalar_type()), weight1_t);
+    const at::Tensor x_part = x.narrow(0, first, count);
+    const at::Tensor norm = layer_norm(x_part, norm_weight, norm_bias, eps).out;
+    at::Tensor values_part = values.narrow(0, 0, count);
+    at::Tensor branch_part = branch.narrow(0, 0, count), out_part = out.narrow(0, first, count);
+    at::mm_out(values_part, norm.to(weight1.scalar_type()), weight1_t);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, hidden.scalar_type(), "mlp", [&] {
-      activate<scalar_t>(hidden_part, bias1_, activated_part);
+      activate<scalar_t>(values_part, bias1_, keep_hidden ? hidden.narrow(0, first, count) : at::Tensor());
     });
-    at::addmm_out(out_part, bias2, activated_part, weight2_t);
+    at::addmm_out(branch_part, bias2, values_part, weight2_t);
+    if (scale) {
+      at::addcmul_out(out_part, x_part, branch_part, scale->narrow(0, first, count).unsqueeze(1));
+    } else {
+      at::add_out(out_part, x_part, branch_part);
+    }
   }
-  return {out, keep_hidden ? hidden : at::empty({0, F}, weight1.options())};
+  return {out, hidden};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_backward(
     const at::Tensor& dout, const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
-    const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& hidden) {
-  check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2);
+    const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
+    const std::optional<at::Tensor>& scale, const at::Tensor& hidden) {
+  check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2, scale);
   const auto dtype = weight1.scalar_type(), acc = bias1.scalar_type();
   const int64_t tokens = x.size(0), d = x.size(1), F = weight1.size(0);
-  check_tensor("dout", dout, {tokens, d}, dtype);
+  check_tensor("dout", dout, {tokens, d}, x.scalar_type());
   check_tensor("hidden", hidden, {tokens, F}, dtype);
   const at::Tensor bias1_ = bias1.contiguous(), hidden_ = hidden.contiguous(), dout_ = dout.contiguous();
   const int64_t part = std::min(tokens, TOKENS_AT_ONCE);
@@ -182,31 +204,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     dweight1.zero_();
     dweight2.zero_();
   }
-  at::Tensor dbias1 = at::zeros({F}, bias1.options());
+  at::Tensor dbias1 = at::zeros({F}, bias1.options()), dbias2 = at::zeros({d}, bias1.options());
   const at::Tensor activated = at::empty({part, F}, weight1.options());
   const at::Tensor gradient = at::empty({part, F}, weight1.options());
-  at::Tensor dnorm = at::empty({part, d}, weight1.options());
+  at::Tensor dnorm = at::empty({part, d}, weight1.options()), dbranch = at::empty({part, d}, weight1.options());
   for (int64_t first = 0; first < tokens; first += TOKENS_AT_ONCE) {
     const int64_t count = std::min(TOKENS_AT_ONCE, tokens - first);
     const at::Tensor x_part = x.narrow(0, first, count), dout_part = dout_.narrow(0, first, count);
     const at::Tensor activated_part = activated.narrow(0, 0, count);
     at::Tensor gradient_part = gradient.narrow(0, 0, count), dnorm_part = dnorm.narrow(0, 0, count);
-    at::mm_out(gradient_part, dout_part, weight2);
+    at::Tensor dbranch_part = dbranch.narrow(0, 0, count), dx_part = dx.narrow(0, first, count);
+    scale ? at::mul_out(dbranch_part, dout_part, scale->narrow(0, first, count).unsqueeze(1)) : dbranch_part.copy_(dout_part);
+    dbias2.add_(dbranch_part.sum({0}, false, acc));
+    at::mm_out(gradient_part, dbranch_part, weight2);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "mlp_backward", [&] {
       activate_backward<scalar_t>(hidden_.narrow(0, first, count), bias1_, activated_part, gradient_part, dbias1);
     });
-    add_product(dweight2, dout_part.t(), activated_part, first == 0);
+    add_product(dweight2, dbranch_part.t(), activated_part, first == 0);
     const Norm norm = layer_norm(x_part, norm_weight, norm_bias, eps);
     add_product(dweight1, gradient_part.t(), norm.out.to(dtype), first == 0);
     at::mm_out(dnorm_part, gradient_part, weight1);
-    const auto [dx_part, dweight_part, dbias_part] = at::native_layer_norm_backward(
+    const auto [dx_branch, dweight_part, dbias_part] = at::native_layer_norm_backward(
         dnorm_part.to(norm_weight.scalar_type()), x_part.to(norm_weight.scalar_type()), {d}, norm.mean,
         norm.inverse_deviation, norm_weight, norm_bias, {true, true, true});
-    dx.narrow(0, first, count).copy_(dx_part);
+    at::add_out(dx_part, dout_part, dx_branch);
     dnorm_weight.add_(dweight_part);
     dnorm_bias.add_(dbias_part);
   }
-  const at::Tensor dbias2 = dout_.sum({0}, false, acc);
   return {dx, dnorm_weight, dnorm_bias, dweight1.to(dtype), dbias1, dweight2.to(dtype), dbias2.to(dtype)};
 }
 
