@@ -32,8 +32,8 @@ def gated_norm(
     Note:
         Autocast: the op is on no autocast list and runs in the dtype of ``y``; everything is computed in float32
         (float64 for float64) and rounded once, and weight and bias are converted to that dtype. Backward keeps the
-        inputs only. Two runs give the same bits on the CPU, forward and backward; on other devices PyTorch's own
-        LayerNorm decides. No double backward.
+        inputs only. Two runs give the same bits with the C++ and the Triton kernel, forward and backward; elsewhere
+        PyTorch's own LayerNorm decides. No double backward.
 
         Source: arXiv 2410.15091, output of the structure-aware state space model.
     """

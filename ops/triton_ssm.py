@@ -13,11 +13,13 @@ import functools
 
 import torch
 
+from .gated_norm import gated_norm_backward_reference, gated_norm_reference
 from .library import LIBRARY
 from .selective_scan import selective_scan_backward_reference, selective_scan_reference
 from .state_fusion import state_fusion_backward_reference, state_fusion_reference
 from .structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
 from .triton_fusion import fuse, fuse_backward, state_fusion, state_fusion_backward
+from .triton_gated_norm import gated_norm, gated_norm_backward
 from .triton_scan import Scan, selective_scan, selective_scan_backward
 
 
@@ -40,6 +42,8 @@ def structure_aware_ssm_backward(dy, u, dt, B, C, dt_weight, dt_bias, A, D, taps
 
 
 IMPLEMENTATIONS = {
+    'gated_norm': (gated_norm, gated_norm_reference),
+    'gated_norm_backward': (gated_norm_backward, gated_norm_backward_reference),
     'selective_scan': (selective_scan, selective_scan_reference),
     'selective_scan_backward': (selective_scan_backward, selective_scan_backward_reference),
     'state_fusion': (state_fusion, state_fusion_reference),

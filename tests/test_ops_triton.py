@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import GRIDS, SEQUENCE_LENGTHS, relative_error, scan_inputs, ssm_arguments
+from oracles import GRIDS, SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
 # Ten times the largest relative error of any output in the interpreter, against the reference in float64. The
-# measurement beside: of the outputs in the dtype of u, then of the gradients in float32 (A, D, taps, dt).
+# measurement beside: of the outputs in the dtype of u, then of the gradients in float32 (A, D, taps, dt, norm).
 TOLERANCES = {
+    ('gated_norm', 'float32'): (4e-6, 2e-6),  # 3.9e-7, 1.8e-7
+    ('gated_norm', 'bfloat16'): (4e-2, 1.4e-6),  # 4.7e-3, 1.4e-7
+    ('gated_norm', 'float16'): (3e-3, 1.8e-6),  # 2.9e-4, 1.8e-7
     ('selective_scan', 'float32'): (5e-6, 5e-6),  # 4.9e-7, 4.2e-7
     ('selective_scan', 'bfloat16'): (6e-2, 4e-6),  # 6.0e-3, 3.5e-7
     ('selective_scan', 'float16'): (5e-3, 5e-6),  # 4.7e-4, 5.2e-7
@@ -29,9 +32,16 @@ TOLERANCES = {
     ('structure_aware_ssm', 'bfloat16'): (7e-2, 3e-6),  # 7.5e-3, 3.2e-7
     ('structure_aware_ssm', 'float16'): (4e-3, 3e-6),  # 4.3e-4, 2.8e-7
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias'}
+PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dweight', 'dbias'}
 
 CHECKS = {
+    'norm': (
+        'norm: two runs, same bits',
+        'norm: no output unless asked for',
+        'norm: NaN stays in its token',
+        'norm: a lost mean is seen',
+        'norm: offsets beyond 2^31',
+    ),
     'scan': (
         'scan: two runs, same bits',
         'scan: a carry lost at a chunk border is seen',
@@ -52,6 +62,9 @@ CHECKS = {
         'ssm: a dropped step size bias is seen',
     ),
 }
+
+GROUPS = {'gated_norm': 'norm', 'selective_scan': 'scan', 'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm'}
+"""Group whose cases run an op."""
 
 MAX_SPILLED = {'scan_kernel': 32, 'scan_backward_kernel': 32, 'adjoint_border_kernel': 32}
 """Bytes a thread may spill; 0 for kernels that are not listed. Measured: 24 in the scan at rank 48 (0 up to rank 32),
@@ -107,7 +120,7 @@ def groups(request):
 
 @pytest.mark.parametrize(('op', 'dtype'), TOLERANCES)
 def test_interpreted_parity(groups, op, dtype):
-    (result,) = groups.rows({'selective_scan': 'scan', 'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm'}[op])
+    (result,) = groups.rows(GROUPS[op])
     maps, parameters = TOLERANCES[op, dtype]
     for name in (op, f'{op}_backward'):
         for output, error in result['errors'][f'{name} {dtype}'].items():
@@ -133,7 +146,7 @@ def test_compiles_without_spills(groups, group):
             f'{row["kernel"]:22} {row["dtype"]:5} {rank!s:>4} {row["warps"]:5} {row["registers"]:9}'
             f' {row["spilled"]:7} {row["shared"]:6}'
         )
-    assert len({row['kernel'] for row in rows}) == 8
+    assert len({row['kernel'] for row in rows}) == 10
     for row in rows:
         assert row['spilled'] <= MAX_SPILLED.get(row['kernel'], 0), row
         # 227 KiB of shared memory a block on Hopper, 163 on Ampere's A100
@@ -144,7 +157,7 @@ def test_serves_cuda():
     from mmspatialmamba.ops import backends
 
     assert backends()['cuda'].implementation == 'triton'
-    for op in ('selective_scan', 'state_fusion', 'structure_aware_ssm'):
+    for op in GROUPS:
         for name in (op, f'{op}_backward'):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f'mmspatialmamba::{name}', 'CUDA')
 
@@ -162,14 +175,16 @@ def check_on_gpu(op, arguments, dtype):
     function = getattr(torch.ops.mmspatialmamba, op)
     backward = getattr(torch.ops.mmspatialmamba, f'{op}_backward')
     gradient = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    there = [x.cuda() for x in (gradient, *arguments)]
+    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in (gradient, *arguments)]
     outputs = (function(*there[1:]), *backward(*there))
     again = (function(*there[1:]), *backward(*there))
-    here = [x.double() for x in (gradient, *arguments)]
+    here = [x.double() if isinstance(x, torch.Tensor) else x for x in (gradient, *arguments)]
     wanted = (IMPLEMENTATIONS[op][1](*here[1:]), *IMPLEMENTATIONS[f'{op}_backward'][1](*here))
     for first, second, expected in zip(outputs, again, wanted, strict=True):
         assert torch.equal(first, second)
-        assert relative_error(first.cpu().double(), expected) < GPU_TOLERANCES[dtype]
+        assert first.shape == expected.shape
+        if expected.numel():
+            assert relative_error(first.cpu().double(), expected) < GPU_TOLERANCES[dtype]
 
 
 @on_gpu
@@ -179,6 +194,14 @@ def test_scan_on_gpu(length, dtype):
     u, delta, A, B = scan_inputs(length, 40)
     parameter_dtype = torch.promote_types(dtype, torch.float32)
     check_on_gpu('selective_scan', (u.to(dtype), delta.to(dtype), A.to(parameter_dtype), B.to(dtype)), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', GPU_TOLERANCES)
+@pytest.mark.parametrize('channels', [40, 128, 1536])
+@pytest.mark.parametrize('grid', [*GRIDS, (40, 70)])
+def test_gated_norm_on_gpu(grid, channels, dtype):
+    check_on_gpu('gated_norm', (*norm_arguments(grid, channels, dtype), 1e-5), dtype)
 
 
 @on_gpu

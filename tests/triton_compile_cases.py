@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 import triton
-from mmspatialmamba.ops import triton_fusion, triton_scan
+from mmspatialmamba.ops import triton_fusion, triton_gated_norm, triton_scan
 from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {
     triton_scan: ('carry_kernel', 'combine_kernel', 'scan_kernel', 'scan_backward_kernel'),
+    triton_gated_norm: ('gated_norm_kernel', 'gated_norm_backward_kernel'),
     triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
 }
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
@@ -66,6 +67,20 @@ def recorded_launches():
         u, B = empty(1, 64000, 128, dtype=dtype), empty(1, 64000, 1, dtype=dtype)
         IMPLEMENTATIONS['selective_scan'][0](u, u, empty(128), B)
         IMPLEMENTATIONS['selective_scan_backward'][0](u, u, u, empty(128), B)
+    for dtype, N, (H, W), E in (
+        (torch.float32, 1, (200, 320), 128),
+        (torch.bfloat16, 1, (200, 320), 128),
+        (torch.float16, 1, (200, 320), 128),
+        (torch.bfloat16, 1, (25, 40), 1024),  # backward with a tile a program: its loop disappears
+        (torch.bfloat16, 4, (32, 40), 1536),
+        (torch.float32, 4, (32, 40), 1536),
+        (torch.float32, 1, (32, 40), 3072),  # twice the width of the largest published model
+        (torch.float32, 1, (1, 1), 1),
+    ):
+        y, z = empty(N, H, W, E, dtype=dtype), empty(N, H, W, 2 * E, dtype=dtype)[..., E:]
+        IMPLEMENTATIONS['gated_norm'][0](y, z, empty(E), empty(E), 1e-5)
+        for with_out in (False, True):
+            IMPLEMENTATIONS['gated_norm_backward'][0](y, y, z, empty(E), empty(E), 1e-5, with_out)
     h = empty(1, 200, 320, 128)
     IMPLEMENTATIONS['state_fusion'][0](h, empty(25, 128))
     IMPLEMENTATIONS['state_fusion_backward'][0](h, h, empty(25, 128))
@@ -81,6 +96,9 @@ def specialize(kernel, args, kwargs):
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = 'fp32'
+            continue
         elif kernel.params[i].is_constexpr or value == 1:
             signature[name] = 'constexpr'
             constants[name] = value

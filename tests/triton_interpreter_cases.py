@@ -14,13 +14,15 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from mmspatialmamba.ops import triton_fusion, triton_scan
+from mmspatialmamba.ops import triton_fusion, triton_gated_norm, triton_scan
 from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
-from oracles import SEQUENCE_LENGTHS, relative_error, scan_inputs, ssm_arguments
+from oracles import SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
+    'gated_norm': ('out',),
+    'gated_norm_backward': ('dy', 'dz', 'dweight', 'dbias', 'out'),
     'selective_scan': ('h',),
     'selective_scan_backward': ('du', 'ddelta', 'dA', 'dB'),
     'state_fusion': ('g',),
@@ -28,6 +30,8 @@ OUTPUTS = {
     'structure_aware_ssm': ('y',),
     'structure_aware_ssm_backward': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD', 'dtaps'),
 }
+PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dweight', 'dbias'}
+"""Outputs in float32 whatever the dtype of the maps."""
 errors: dict[str, dict[str, float]] = {}
 checks: dict[str, bool] = {}
 
@@ -57,7 +61,7 @@ def quicken_interpreter():
 
     interpreter.ScanOps.generic_scan = scan_rows
     call = interpreter.InterpretedFunction.__call__
-    ours = {id(triton_scan.__dict__), id(triton_fusion.__dict__)}
+    ours = {id(module.__dict__) for module in (triton_scan, triton_fusion, triton_gated_norm)}
 
     def call_device_function(self, *args, **kwargs):
         if id(self.fn.__globals__) in ours:
@@ -72,6 +76,7 @@ def shrink_blocks():
     triton_scan.BLOCK_L = triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
     triton_scan.BLOCK_CHUNKS = 2
     triton_fusion.BLOCK_W = (8, 16)
+    triton_gated_norm.BLOCK_VALUES = 64
 
 
 def run(name, *arguments):
@@ -83,24 +88,24 @@ def run(name, *arguments):
 def compare(name, *arguments):
     """Returns the relative error of each output of an op, after a look at shapes, dtypes and layout."""
     outputs = run(name, *arguments)
-    expected = IMPLEMENTATIONS[name][1](*(x.double() for x in arguments))
+    expected = IMPLEMENTATIONS[name][1](*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
     expected = expected if isinstance(expected, tuple) else (expected,)
-    inputs = arguments[1:] if name.endswith('_backward') else arguments[:1]
     found = {}
-    for label, actual, wanted, like in zip(OUTPUTS[name], outputs, expected, inputs, strict=True):
+    for label, actual, wanted in zip(OUTPUTS[name], outputs, expected, strict=True):
+        dtype = torch.float32 if label in PARAMETER_GRADIENTS else arguments[0].dtype
         assert actual.shape == wanted.shape, f'{name} {label}: {actual.shape}, expected {wanted.shape}'
-        assert actual.dtype == like.dtype, f'{name} {label}: {actual.dtype}, expected {like.dtype}'
+        assert actual.dtype == dtype, f'{name} {label}: {actual.dtype}, expected {dtype}'
         assert actual.is_contiguous(), f'{name} {label} is not contiguous'
         found[label] = relative_error(actual.double(), wanted) if actual.isfinite().all() else float('inf')
     return found
 
 
-def record(name, gradient, *arguments):
+def record(name, gradient, *arguments, backward_only=()):
     """Compares an op and its backward with the references and keeps the largest errors of the dtype."""
     dtype = str(arguments[0].dtype).removeprefix('torch.')
-    for op, extra in ((name, ()), (f'{name}_backward', (gradient,))):
+    for op, call in ((name, arguments), (f'{name}_backward', (gradient, *arguments, *backward_only))):
         kept = errors.setdefault(f'{op} {dtype}', {})
-        for label, error in compare(op, *extra, *arguments).items():
+        for label, error in compare(op, *call).items():
             kept[label] = max(kept.get(label, 0.0), error)
 
 
@@ -117,6 +122,52 @@ def fusion_arguments(batch, grid, channels, dtype=torch.float32):
     taps = torch.randn(25, channels, generator=torch.Generator().manual_seed(3))
     h = torch.randn(batch, *grid, channels, generator=torch.Generator().manual_seed(4))
     return h.to(dtype), taps
+
+
+def norm_cases():
+    for grid, channels, dtype in (
+        ((1, 1), 5, torch.float32),
+        ((3, 2), 5, torch.float32),
+        ((7, 9), 16, torch.float32),
+        ((2, 5), 70, torch.float32),
+        ((4, 5), 20, torch.bfloat16),
+        ((4, 5), 20, torch.float16),
+    ):
+        y, z, weight, bias = norm_arguments(grid, channels, dtype)
+        record('gated_norm', noise(y), y, z, weight, bias, 1e-5, backward_only=(True,))
+
+    y, z, weight, bias = norm_arguments((3, 9), 20, torch.float32)
+    halves = torch.cat((z, y), -1)[..., :20]
+    permuted = y.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    arguments = (permuted, halves, weight.repeat_interleave(2)[::2], bias, 1e-5)
+    gradient = torch.ones(1).expand(y.shape)
+    record('gated_norm', gradient, *arguments, backward_only=(True,))
+    triton_gated_norm.TARGET_PROGRAMS = 5  # several tiles each, the last one beyond the end
+    record('gated_norm', gradient, *arguments, backward_only=(True,))
+    record('gated_norm', gradient, *arguments[:-1], 0.1, backward_only=(True,))
+
+    first, second = (run('gated_norm_backward', gradient, *arguments) for _ in range(2))
+    checks['norm: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    checks['norm: no output unless asked for'] = first[-1].numel() == 0
+    spoilt = permuted.clone()
+    spoilt[0, 1, 2] = float('nan')
+    (out,) = run('gated_norm', spoilt, *arguments[1:])
+    (clean,) = run('gated_norm', *arguments)
+    checks['norm: NaN stays in its token'] = bool(out.isnan().sum() == 20 and out[0, 1, 2].isnan().all())
+    out[0, 1, 2] = clean[0, 1, 2]
+    checks['norm: NaN stays in its token'] &= torch.equal(out, clean)
+    normalize = triton_gated_norm._normalize
+    triton_gated_norm._normalize = _normalize_uncentred
+    lost = compare('gated_norm_backward', gradient, *arguments, True)
+    checks['norm: a lost mean is seen'] = min(compare('gated_norm', *arguments)['out'], lost['dy'], lost['dz']) > 1e-2
+    triton_gated_norm._normalize = normalize
+    norm_offset_case()
+
+
+@triton.jit
+def _normalize_uncentred(y, inside, E, eps):
+    inverse = 1.0 / tl.sqrt(tl.sum(y * y, 1)[:, None] / E + eps)
+    return y * inverse, inverse
 
 
 def scan_cases():
@@ -302,11 +353,32 @@ def offset_cases():
         )
 
 
+@triton.jit
+def _far_norm_kernel(x_ptr, z_ptr, y_ptr, block, tokens, L, E, stride_n, stride_t, far, far_z, T: tl.constexpr):
+    t = block.to(tl.int64) * T + tl.arange(0, T)
+    e = tl.arange(0, T)
+    inside = (t < tokens)[:, None] & (e < E)[None, :]
+    tile = triton_gated_norm._load_map(x_ptr - far, t, e, inside, E)
+    tile += triton_gated_norm._load_gate(z_ptr - far_z, t, e, inside, L, stride_n, stride_t)
+    triton_gated_norm._store_map(y_ptr - far, tile, t, e, inside, E)
+
+
+def norm_offset_case():
+    """The same for the gated norm, whose tokens have one number over all images."""
+    T, E, L, n = 16, 1024, 2**24, 3
+    x, z, y = torch.randn(T, E), torch.randn(T, 2 * E), torch.zeros(T, E)
+    first = n * L + 2**20
+    stride_n, stride_t = L * 2 * E, 2 * E
+    far_z = n * stride_n + 2**20 * stride_t
+    _far_norm_kernel[(1,)](x, z, y, first // T, 4 * L, L, E, stride_n, stride_t, first * E, far_z, T=T)
+    checks['norm: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T] + z[:, :T]) and not y[:, T:].any()
+
+
 if __name__ == '__main__':
     quicken_interpreter()
     shrink_blocks()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
-    {'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases}[sys.argv[1]]()
+    {'norm': norm_cases, 'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases}[sys.argv[1]]()
     print(json.dumps({'errors': errors, 'checks': checks}))
