@@ -103,12 +103,18 @@ def test_ops_of_several_layers_equal_the_layers(drop_path_rate, layer_by_layer):
 LAYERS = ('norm1', 'norm2', 'ssm.in_proj', 'ssm.dwconv', 'ssm.x_proj', 'ssm.out_proj', 'mlp.fc1', 'mlp.act', 'mlp.fc2')
 
 
+CONVOLUTIONS = (
+    'stem.expand.conv', 'stem.expand.norm', 'stem.project.conv', 'stem.project.norm', 'stages.0.downsample.expand',
+    'stages.0.downsample.dwconv', 'stages.0.downsample.project.conv', 'stages.0.downsample.project.norm',
+)  # fmt: skip
+
+
 @pytest.mark.parametrize('everywhere', [False, True])
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', [*(f'stages.1.blocks.0.{name}' for name in LAYERS), *CONVOLUTIONS])
 def test_a_hooked_layer_is_called(name, everywhere):
     model, x = small().eval().double(), image().double()
     expected = model(x)
-    layer = model.stages[1].blocks[0].get_submodule(name)
+    layer = model.get_submodule(name)
     called = []
 
     def hook(module, *_):
@@ -141,15 +147,19 @@ class Adapter(nn.Module):
         return 2 * self.base(x)
 
 
-@pytest.mark.parametrize('name', [name for name in LAYERS if 'norm' not in name])
-def test_a_replaced_layer_is_called(name):
-    model, x = small().eval(), image()
-    before = model(x)
-    block = model.stages[0].blocks[0]
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize(
+    'name', [name for name in (*(f'stages.1.blocks.0.{name}' for name in LAYERS), *CONVOLUTIONS) if 'norm' not in name]
+)
+def test_a_replaced_layer_is_called(name, training):
+    model, x = small(drop_path_rate=0.0).train(training), image()
+    layer, called = model.get_submodule(name), []
+    replacement = Adapter(layer) if hasattr(layer, 'weight') else nn.ReLU()
+    replacement.register_forward_hook(lambda *_: called.append(replacement))
     parent, _, attribute = name.rpartition('.')
-    layer = block.get_submodule(name)
-    setattr(block.get_submodule(parent), attribute, Adapter(layer) if hasattr(layer, 'weight') else nn.ReLU())
-    assert not torch.equal(model(x)[0], before[0])
+    setattr(model.get_submodule(parent), attribute, replacement)
+    model(x)
+    assert called == [replacement]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import depthwise_conv, mlp
 from ..ops.residual import add_branch
@@ -62,12 +61,19 @@ class ConvNorm(nn.Module):
         """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
         norm, conv = self.norm, self.conv
         # Tools that merge the two for good leave an Identity; those that count and export trace, and look for layers.
-        if norm.training or not isinstance(norm, _BatchNorm) or torch.jit.is_tracing():
-            return norm(conv(x))
+        if norm.training or torch.jit.is_tracing() or not is_plain(conv, norm):
+            return norm(self._convolve(x))
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
         weight = conv.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, norm.bias - shift * scale, conv.stride, conv.padding)
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes the convolution alone: if it is 1x1 as a product, whose backward uses a CPU's cores better."""
+        conv = self.conv
+        if x.device.type == 'cpu' and is_fusable(conv) and conv.kernel_size == (1, 1):
+            return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+        return conv(x)
 
 
 class Stem(nn.Module):
@@ -156,14 +162,22 @@ class MLP(nn.Module):
         return add_branch(x, fc2(self.act(fc1(norm(x)))), scale)
 
 
+def is_plain(*layers: nn.Module) -> bool:
+    """Returns whether each layer is of its own class and nothing hooks into it.
+
+    What reads a layer's weights and leaves its ``forward`` out would pass over what replaced it: an adapter, a
+    quantized or a sharded layer.
+    """
+    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.BatchNorm2d, nn.SyncBatchNorm, DepthwiseConv)
+    hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+    return not module._has_any_global_hook() and all(
+        type(layer) in plain and not any(getattr(layer, name) for name in hooks) for layer in layers
+    )
+
+
 def is_fusable(*layers: nn.Module) -> bool:
     """Returns whether one op may take the place of these layers: whether nothing would notice.
 
-    An op reads the layers' weights and leaves their ``forward`` out, and so what replaced a layer (an adapter, a
-    quantized or a sharded one) and what hooks into it. What traces a model looks for standard layers, too.
+    What compiles, exports or traces a model looks for standard layers.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or module._has_any_global_hook():
-        return False
-    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, DepthwiseConv)
-    hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
-    return all(type(layer) in plain and not any(getattr(layer, name) for name in hooks) for layer in layers)
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and is_plain(*layers)
