@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import depthwise_conv, mlp
 from ..ops.residual import add_branch
@@ -163,15 +164,16 @@ class MLP(nn.Module):
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Returns whether each layer is of its own class and nothing hooks into it.
+    """Returns whether each layer is of its own class, or any BatchNorm, and nothing hooks into it.
 
     What reads a layer's weights and leaves its ``forward`` out would pass over what replaced it: an adapter, a
-    quantized or a sharded layer.
+    quantized or a sharded layer. BatchNorm has subclasses that differ in the shapes they accept.
     """
-    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.BatchNorm2d, nn.SyncBatchNorm, DepthwiseConv)
+    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, DepthwiseConv)
     hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
     return not module._has_any_global_hook() and all(
-        type(layer) in plain and not any(getattr(layer, name) for name in hooks) for layer in layers
+        (type(layer) in plain or isinstance(layer, _BatchNorm)) and not any(getattr(layer, name) for name in hooks)
+        for layer in layers
     )
 
 

@@ -56,8 +56,8 @@ inline Normal<acc_t> normal(const Vec<acc_t>& x) {
 
 /// values = GELU(values + bias); copies the values before to `kept`, if that is defined.
 ///
-/// A product that writes to memory which is not in the cache takes up to twice as long: it had better write to a part
-/// that stays there, and this pass, which goes through memory in order, writes what is kept.
+/// In a training step a product that writes far from the cache takes twice as long: so it writes to a part that stays
+/// there, and this pass, which goes through memory in order, writes what is kept.
 template <typename scalar_t>
 void activate(const at::Tensor& values, const at::Tensor& bias, const at::Tensor& kept) {
   using acc_t = at::opmath_type<scalar_t>;
