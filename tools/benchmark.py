@@ -160,14 +160,14 @@ def op_inputs(args: argparse.Namespace, E: int, R: int, H: int, W: int) -> dict[
 
 def op_callables(ops: types.ModuleType, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[Callable, ...]]:
     """Returns for each op its compiled forward, its reference forward and its compiled backward, without arguments."""
-    fused = importlib.import_module(f'{ops.__name__}.structure_aware_ssm')
-    scan = importlib.import_module(f'{ops.__name__}.selective_scan')
-    fusion = importlib.import_module(f'{ops.__name__}.state_fusion')
+    fused = importlib.import_module(f'{ops.__name__}.structure_aware_ssm.reference')
+    scan = importlib.import_module(f'{ops.__name__}.scan_states.reference')
+    fusion = importlib.import_module(f'{ops.__name__}.state_fusion.reference')
     u, A, B, taps = (inputs[name] for name in ('u', 'A', 'B', 'taps'))
     sequence = [u.detach().flatten(1, 2), torch.rand_like(u.flatten(1, 2)), A.detach(), B.detach().flatten(1, 2)]
     cases = {
         'structure_aware_ssm': (ops.structure_aware_ssm, fused.structure_aware_ssm_reference, list(inputs.values())),
-        'selective_scan': (ops.selective_scan, scan.selective_scan_reference, sequence),
+        'scan_states': (ops.scan_states, scan.scan_states_reference, sequence),
         'state_fusion': (ops.state_fusion, fusion.state_fusion_reference, [u, taps]),
     }
     callables = {}
