@@ -461,7 +461,9 @@ def median_ratio(samples: list[Sample], others: list[Sample]) -> float:
 
 
 def peak_memory(name: str, shape: tuple[int, ...], args: argparse.Namespace) -> float:
-    """Returns the peak memory that one run adds to the model's own, in MiB, from a process of its own."""
+    """Returns the peak memory that the first run adds to the model's own, in MiB; on a CPU in a new process."""
+    if args.device != 'cpu':
+        return _peak_memory(name, shape, args)
     context = multiprocessing.get_context('spawn')
     with context.Pool(1) as pool:
         return pool.apply(_peak_memory, (name, shape, args))
@@ -474,6 +476,7 @@ def _peak_memory(name: str, shape: tuple[int, ...], args: argparse.Namespace) ->
         before = _memory_KiB('VmRSS')
         run()
         return (_memory_KiB('VmHWM') - before) / 1024
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
