@@ -19,7 +19,7 @@ QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
 
 env: $(VENV)/.complete
 
-$(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/csrc/*)
+$(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/*/*.cpp ops/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements/build.txt
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"

@@ -16,6 +16,8 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+OP_PACKAGES = [f'mmspatialmamba.ops.{path.parent.name}' for path in sorted((ROOT / 'ops').glob('*/__init__.py'))]
+
 BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
     raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
@@ -55,7 +57,7 @@ def build_ops() -> dict:
         macros = [f'-DCPU_CAPABILITY={capability}', f'-DCPU_CAPABILITY_{capability}']
         return CppExtension(
             f'mmspatialmamba.ops._cpu_{variant}',
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'ops' / 'csrc').glob('*.cpp')),
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'ops').glob('*/cpu.cpp')),
             extra_compile_args=['-O3', '-g0', '-fopenmp', *macros, *VECTOR_FLAGS[variant]],
             extra_link_args=['-fopenmp'],
         )
@@ -79,7 +81,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops'],
+    packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops', *OP_PACKAGES],
     package_dir={'mmspatialmamba.ops': 'ops'},
     # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
     package_data={

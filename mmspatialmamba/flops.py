@@ -1,89 +1,35 @@
-"""What the ops cost, for MMEngine's complexity analysis.
+"""Makes the ops' costs (`mmspatialmamba.ops.flops`) known to MMEngine's complexity analysis.
 
-MMEngine counts one operation per multiply-add, and nothing for an op that it does not know. `register` makes the ops
-of this package known to it, so that its `get_model_complexity_info` and the tools of the toolboxes count them. A
-product counts as a multiply-add without the addition; exp and softplus count nothing, as activations in MMEngine. A
-depthwise convolution and a norm count what MMEngine counts for PyTorch's own: 9 and 5 for each element.
-
-Per token and inner channel, with R the rank of the step size:
-
-| part | multiply-adds | of |
-| --- | --- | --- |
-| step size | R | ``dt · dt_weight`` |
-| scan | 4 | ``delta A``, ``delta u``, its product with ``B``, ``a h + b`` |
-| state fusion | 25 | one for each tap |
-| observation | 2 | ``g C``, its sum with ``D u`` |
-
-The figures published with the paper come out to their last digit, all of them, with 36 + R in place of this 31 + R:
-9 for the scan, 27 for the three dilated kernels before they are merged, nothing for the observation. That is at most
-0.3 % more of a whole model, and inferred from the figures.
+MMEngine counts one operation per multiply-add, and nothing for an op that it does not know. With `register` its
+`get_model_complexity_info` and the tools of the toolboxes count the ops of this package.
 """
 
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from math import prod
 
 from mmengine.analysis import complexity_analysis
 
-from .ops.state_fusion import TAP_OFFSETS
-
-SCAN_OPERATIONS = 4
-"""Multiply-adds of the selective scan per token and channel."""
-
-OBSERVATION_OPERATIONS = 2
-"""Multiply-adds of the observation per token and channel."""
-
-NORM_OPERATIONS = 5
-"""MMEngine's estimate for a norm with scale and shift, per element."""
+from .ops.flops import MULTIPLY_ADDS
 
 
-def count_selective_scan(inputs: list, outputs: list) -> Counter:
-    """Counts `mmspatialmamba.ops.selective_scan`: 4 for each element of the state.
+def _handle(count: Callable) -> Callable[[list, list], Counter]:
+    """Returns a counter that takes the traced op's inputs and outputs, ``torch._C.Value``, as MMEngine passes them."""
 
-    Args:
-        inputs: The traced op's inputs, ``torch._C.Value`` with shapes, as MMEngine passes them.
-        outputs: Its outputs.
+    def handle(inputs: list, outputs: list) -> Counter:
+        return count([_shape(value) for value in inputs], _shape(outputs[0]))
 
-    Returns:
-        Number of multiply-adds by part.
-    """
-    return Counter(selective_scan=SCAN_OPERATIONS * prod(_shape(outputs[0])))
+    return handle
 
 
-def count_state_fusion(inputs: list, outputs: list) -> Counter:
-    """Counts `mmspatialmamba.ops.state_fusion`: one for each tap and element. See `count_selective_scan`."""
-    return Counter(state_fusion=len(TAP_OFFSETS) * prod(_shape(outputs[0])))
+def _shape(value) -> tuple[int, ...]:
+    """Returns the shape of a traced tensor; of anything else, ()."""
+    sizes = getattr(value.type(), 'sizes', None)
+    return tuple(sizes() or ()) if sizes else ()
 
 
-def count_structure_aware_ssm(inputs: list, outputs: list) -> Counter:
-    """Counts `mmspatialmamba.ops.structure_aware_ssm`: the sum of its four parts. See `count_selective_scan`."""
-    rank, elements = _shape(inputs[1])[-1], prod(_shape(outputs[0]))
-    scan_and_fusion = count_selective_scan(inputs, outputs) + count_state_fusion(inputs, outputs)
-    return scan_and_fusion + Counter(step_size=rank * elements, observation=OBSERVATION_OPERATIONS * elements)
-
-
-def count_depthwise_conv(inputs: list, outputs: list) -> Counter:
-    """Counts `mmspatialmamba.ops.depthwise_conv`: one for each tap and element. See `count_selective_scan`."""
-    return Counter(conv=prod(_shape(inputs[1])[2:]) * prod(_shape(outputs[0])))
-
-
-def count_gated_norm(inputs: list, outputs: list) -> Counter:
-    """Counts `mmspatialmamba.ops.gated_norm`: its LayerNorm, as MMEngine does. See `count_selective_scan`."""
-    return Counter(layer_norm=NORM_OPERATIONS * prod(_shape(outputs[0])))
-
-
-HANDLES: dict[str, Callable[[list, list], Counter]] = {
-    'mmspatialmamba::depthwise_conv': count_depthwise_conv,
-    'mmspatialmamba::gated_norm': count_gated_norm,
-    'mmspatialmamba::selective_scan': count_selective_scan,
-    'mmspatialmamba::state_fusion': count_state_fusion,
-    'mmspatialmamba::structure_aware_ssm': count_structure_aware_ssm,
-}
+HANDLES = {f'mmspatialmamba::{name}': _handle(count) for name, count in MULTIPLY_ADDS.items()}
 """Counter of each op by its traced name, for ``FlopAnalyzer.set_op_handle``."""
-
-PARTS = ('step_size', 'selective_scan', 'state_fusion', 'observation')
-"""Names under which the counters report."""
 
 
 def register() -> None:
@@ -100,7 +46,3 @@ def register() -> None:
         )
         return
     table.update(HANDLES)
-
-
-def _shape(value) -> list[int]:
-    return value.type().sizes()

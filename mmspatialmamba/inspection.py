@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from .checkpoint import get_weights, load_from_local
 from .models import SpatialMamba
 from .models.ssm import StructureAwareSSM
-from .ops import selective_scan, state_fusion
+from .ops import scan_states, state_fusion
 
 PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
 
@@ -226,7 +226,7 @@ class SSMRecord:
     def h(self) -> torch.Tensor:
         """State before fusion, (N, H, W, E)."""
         u, delta, B = (x.flatten(1, 2) for x in (self.u, self.delta, self.B))
-        return selective_scan(u, delta, self.A, B).unflatten(1, self.u.shape[1:3])
+        return scan_states(u, delta, self.A, B).unflatten(1, self.u.shape[1:3])
 
     @cached_property
     def g(self) -> torch.Tensor:

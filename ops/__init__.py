@@ -8,7 +8,7 @@ from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
 from .mlp import mlp
-from .selective_scan import selective_scan
+from .scan_states import scan_states
 from .ssm_layer import ssm_layer
 from .state_fusion import fusion_taps, state_fusion
 from .structure_aware_ssm import structure_aware_ssm
@@ -16,6 +16,6 @@ from .structure_aware_ssm import structure_aware_ssm
 load_backends()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'selective_scan', 'ssm_layer',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'scan_states', 'ssm_layer',
     'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

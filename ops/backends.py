@@ -1,5 +1,6 @@
 """Which implementation of the ops serves which device, and why a better one does not."""
 
+import importlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
+TRITON_OPS = ('gated_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
+"""Ops whose folder has Triton kernels, which register themselves when they are imported."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ def _load_triton() -> str:
     # Older versions are untested, and the first ones lack tuples of tensors and compile-time functions.
     if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 6):
         return f'needs Triton 3.6 or later, found {triton.__version__}'
-    from . import triton_ssm
-
-    triton_ssm.register()
+    for op in TRITON_OPS:
+        importlib.import_module(f'.{op}.triton_kernels', __package__)
     return ''

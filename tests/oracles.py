@@ -41,7 +41,7 @@ def ssm_loop(u, dt, B, C, dt_weight, dt_bias, A, D, kernels, alpha):
 
 
 def scan_inputs(length, channels=5, batch=2, dtype=torch.float64, seed=0):
-    """u, delta, A, B of `selective_scan`."""
+    """u, delta, A, B of `scan_states`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

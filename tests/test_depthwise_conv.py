@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import depthwise_conv
-from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
+from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from oracles import GRIDS, conv_arguments, relative_error, require_grad
 
 # Ten times the largest relative error measured over GRIDS and OPTIONS, of the reference, whose kernels are rounded to

@@ -97,5 +97,5 @@ def test_site_builds_without_a_warning(tmp_path):
             for value in result['Metrics'].values():
                 assert f'{value:.1f}' in zoo
     ops = (tmp_path / 'site' / 'ops.html').read_text()
-    for name in ('structure_aware_ssm', 'selective_scan', 'state_fusion', 'fusion_taps', 'backends'):
+    for name in ('structure_aware_ssm', 'scan_states', 'state_fusion', 'fusion_taps', 'backends'):
         assert f'id="mmspatialmamba.ops.{name}"' in ops

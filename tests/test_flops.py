@@ -57,13 +57,13 @@ def test_each_op_is_counted_by_its_formula():
     N, H, W, E, R = 2, 3, 5, 7, 4
     tokens = N * H * W
     sequence = (ones(N, H * W, E), ones(N, H * W, E), -ones(E), ones(N, H * W, 1))
-    assert count(ops.selective_scan, *sequence) == {'selective_scan': 4 * tokens * E}
+    assert count(ops.scan_states, *sequence) == {'scan_states': 4 * tokens * E}
     assert count(ops.state_fusion, ones(N, H, W, E), ones(25, E)) == {'state_fusion': 25 * tokens * E}
     maps = (ones(N, H, W, E), ones(N, H, W, R), ones(N, H, W, 1), ones(N, H, W, 1))
     parameters = (ones(E, R), ones(E), -ones(E), ones(E), ones(25, E))
     assert count(ops.structure_aware_ssm, *maps, *parameters) == {
         'step_size': R * tokens * E,
-        'selective_scan': 4 * tokens * E,
+        'scan_states': 4 * tokens * E,
         'state_fusion': 25 * tokens * E,
         'observation': 2 * tokens * E,
     }
@@ -134,7 +134,7 @@ def test_published_models(name, parameters, operations, parameter_digits, operat
     assert abs(found / 1e9 / operations - 1) < 0.01 or round(found / 1e9, operation_digits) == operations
     # The published convention: 9 for the scan, 27 for the three dilated kernels, nothing for the observation.
     elements = parts['state_fusion'] // 25
-    assert parts['selective_scan'] + parts['observation'] == 6 * elements
+    assert parts['scan_states'] + parts['observation'] == 6 * elements
     assert round((found + (9 + 27 - 31) * elements) / 1e9, operation_digits) == operations
 
 

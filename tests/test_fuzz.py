@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmspatialmamba.ops import depthwise_conv, gated_norm, selective_scan, state_fusion, structure_aware_ssm
-from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
-from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
-from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
-from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
-from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
+from mmspatialmamba.ops import depthwise_conv, gated_norm, scan_states, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
+from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
+from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
+from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
+from mmspatialmamba.ops.structure_aware_ssm.reference import (
+    structure_aware_ssm_backward_reference,
+    structure_aware_ssm_reference,
+)
 from oracles import conv_arguments, norm_arguments, scan_inputs, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
@@ -83,18 +86,18 @@ def as_parameters(arguments, dtype):
 
 @FUZZ
 @given(batch, st.integers(1, 400), channels, dtypes, st.tuples(*[st.sampled_from(LAYOUTS)] * 3), devices, seeds)
-def test_selective_scan(batch, length, channels, dtype, layouts, device, seed):
+def test_scan_states(batch, length, channels, dtype, layouts, device, seed):
     u, delta, A, B = scan_inputs(length, channels, batch, dtype, seed)
     (A,) = as_parameters((A,), dtype)
 
     def scan(u, delta, B, A):
-        return selective_scan(u, delta, A, B)
+        return scan_states(u, delta, A, B)
 
     def reference(u, delta, B, A):
-        return selective_scan_reference(u, delta, A, B)
+        return scan_states_reference(u, delta, A, B)
 
     def backward(dh, u, delta, B, A):
-        du, ddelta, dA, dB = selective_scan_backward_reference(dh, u, delta, A, B)
+        du, ddelta, dA, dB = scan_states_backward_reference(dh, u, delta, A, B)
         return du, ddelta, dB, dA
 
     check(scan, reference, backward, (u, delta, B, A), 3, layouts, device, seed)
@@ -177,10 +180,10 @@ def test_a_wrong_argument_of_an_op_is_named(position, value):
         return
     arguments[position] = value
     with pytest.raises((TypeError, ValueError)) as caught:
-        selective_scan(*arguments)
+        scan_states(*arguments)
     name = ('u', 'delta', 'A', 'B')[position]
     # A wrong u may be a tensor that does not fit to the others, which are compared with it.
-    assert str(caught.value).startswith('selective_scan: ' + ('' if position == 0 else f'{name} must '))
+    assert str(caught.value).startswith('scan_states: ' + ('' if position == 0 else f'{name} must '))
 
 
 @FUZZ

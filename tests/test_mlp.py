@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from mmspatialmamba.ops import mlp
-from mmspatialmamba.ops.mlp import mlp_backward_reference, mlp_reference
+from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
 from oracles import layer_norm, mlp_arguments, relative_error, require_grad
 
 OPS = torch.ops.mmspatialmamba

@@ -13,7 +13,7 @@ from mmspatialmamba.ops import (
     depthwise_conv,
     gated_norm,
     mlp,
-    selective_scan,
+    scan_states,
     ssm_layer,
     state_fusion,
     structure_aware_ssm,
@@ -186,15 +186,15 @@ def test_vmap():
     """PyTorch runs an op that has no batching rule in a loop, and says so once."""
     u, delta, A, B = scan_inputs(7)
     many = torch.stack((u, 2 * u, -u))
-    expected = torch.stack([selective_scan(one, delta, A, B) for one in many])
-    assert torch.equal(torch.vmap(selective_scan, (0, None, None, None))(many, delta, A, B), expected)
+    expected = torch.stack([scan_states(one, delta, A, B) for one in many])
+    assert torch.equal(torch.vmap(scan_states, (0, None, None, None))(many, delta, A, B), expected)
 
 
 def op_calls():
     """Each op with arguments: name, function, arguments."""
     u, *others, taps = ssm_arguments((4, 5))
     return (
-        ('selective_scan', selective_scan, scan_inputs(7)),
+        ('scan_states', scan_states, scan_inputs(7)),
         ('state_fusion', state_fusion, (u, taps)),
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
         ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),
@@ -228,7 +228,7 @@ def test_functorch_gradients_are_refused():
     """PyTorch refuses torch.func.grad through every op of torch.library; torch.autograd is the way."""
     u, delta, A, B = scan_inputs(7)
     with pytest.raises(RuntimeError, match='functorch transforms'):
-        torch.func.grad(lambda u: selective_scan(u, delta, A, B).sum())(u)
+        torch.func.grad(lambda u: scan_states(u, delta, A, B).sum())(u)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

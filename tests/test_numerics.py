@@ -10,9 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from mmspatialmamba.ops import selective_scan, structure_aware_ssm
-from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
-from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
+from mmspatialmamba.ops import scan_states, structure_aware_ssm
+from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
+from mmspatialmamba.ops.structure_aware_ssm.reference import (
+    structure_aware_ssm_backward_reference,
+    structure_aware_ssm_reference,
+)
 from oracles import relative_error, require_grad, scan_loop, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
@@ -86,14 +89,14 @@ def test_every_decay(step):
     delta = torch.full_like(u, step)
     arguments = [x.float() for x in (u, delta, A, B)]
     expected = scan_loop(*(x.double() for x in arguments))
-    actual = selective_scan(*arguments)
+    actual = scan_states(*arguments)
     for channel in range(len(DECAYS)):
         # Measured at most 2.6e-6, where exp(delta * A) is 1 but for its last bits.
         assert relative_error(actual[..., channel], expected[..., channel]) < 2.6e-5, DECAYS[channel]
 
     dh = uniform(*u.shape, seed=2).float()
-    gradients = torch.ops.mmspatialmamba.selective_scan_backward(dh, *arguments)
-    expected = selective_scan_backward_reference(dh.double(), *(x.double() for x in arguments))
+    gradients = torch.ops.mmspatialmamba.scan_states_backward(dh, *arguments)
+    expected = scan_states_backward_reference(dh.double(), *(x.double() for x in arguments))
     for one, other in zip(gradients, expected, strict=True):
         assert one.isfinite().all()
         assert relative_error(one, other) < 6e-5  # Measured at most 6e-6.
@@ -104,7 +107,7 @@ def test_decays_at_the_ends_of_float32(A):
     u, B = uniform(1, 50, 3).float(), uniform(1, 50, 1, seed=1).float()
     arguments = (u, torch.full_like(u, 0.5), torch.full((3,), A), B)
     expected = scan_loop(*(x.double() for x in arguments))
-    assert relative_error(selective_scan(*arguments), expected) < 1e-6  # Measured at most 1.0e-7.
+    assert relative_error(scan_states(*arguments), expected) < 1e-6  # Measured at most 1.0e-7.
 
 
 MILLION = 1_048_576
@@ -125,8 +128,8 @@ def test_a_million_tokens(dtype, tolerances):
     A = -torch.tensor([1e-6, 1e-3, 1.0])
     u, delta, B = (uniform(1, MILLION, width, seed=seed).to(dtype) for seed, width in enumerate((3, 3, 1)))
     arguments = (u, (0.05 * delta.abs()).to(dtype), A, B)
-    actual = selective_scan(*arguments)
-    expected = selective_scan_reference(*(x.double() for x in arguments))
+    actual = scan_states(*arguments)
+    expected = scan_states_reference(*(x.double() for x in arguments))
     for channel, tolerance in enumerate(tolerances):
         assert error(actual[..., channel], expected[..., channel]) <= tolerance, A[channel]
 

@@ -90,11 +90,11 @@ def test_a_lost_carry_and_zero_padding_are_noticed():
     assert relative_error(fusion_convolutions(inputs[0], kernels, alpha, 'constant'), fused) > 1e3 * TOLERANCE
 
 
-def test_selective_scan_of_any_length():
+def test_scan_states_of_any_length():
     names = ('u', 'delta', 'A', 'B')
     order = [names.index(name) for name in ('u', 'delta', 'B', 'A')]
     session = export(
-        lambda u, delta, B, A: ops.selective_scan(u, delta, A, B),
+        lambda u, delta, B, A: ops.scan_states(u, delta, A, B),
         [scan_inputs(20, dtype=torch.float32)[index] for index in order],
         ((0, 1),) * 3,
     )

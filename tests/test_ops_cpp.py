@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import backends
-from mmspatialmamba.ops.depthwise_conv import depthwise_conv_backward_reference, depthwise_conv_reference
-from mmspatialmamba.ops.gated_norm import gated_norm_backward_reference, gated_norm_reference
-from mmspatialmamba.ops.mlp import mlp_backward_reference, mlp_reference
-from mmspatialmamba.ops.selective_scan import selective_scan_backward_reference, selective_scan_reference
-from mmspatialmamba.ops.state_fusion import state_fusion_backward_reference, state_fusion_reference
-from mmspatialmamba.ops.structure_aware_ssm import structure_aware_ssm_backward_reference, structure_aware_ssm_reference
+from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
+from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
+from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
+from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
+from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
+from mmspatialmamba.ops.structure_aware_ssm.reference import (
+    structure_aware_ssm_backward_reference,
+    structure_aware_ssm_reference,
+)
 from oracles import conv_arguments, mlp_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytestmark = pytest.mark.skipif(
@@ -91,12 +94,12 @@ def check_parity(op, reference, arguments):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('length', LENGTHS)
-def test_parity_selective_scan(length, dtype):
+def test_parity_scan_states(length, dtype):
     for channels in CHANNELS:
         arguments = scan_case(length, channels, dtype)
-        check_parity(OPS.selective_scan, selective_scan_reference, arguments)
+        check_parity(OPS.scan_states, scan_states_reference, arguments)
         dh = gradient_like(arguments[0])
-        check_parity(OPS.selective_scan_backward, selective_scan_backward_reference, (dh, *arguments))
+        check_parity(OPS.scan_states_backward, scan_states_backward_reference, (dh, *arguments))
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -246,7 +249,7 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     return (
         *convolutions,
         (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
-        (OPS.selective_scan, OPS.selective_scan_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
+        (OPS.scan_states, OPS.scan_states_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
         (OPS.state_fusion, OPS.state_fusion_backward, fusion_case(grid, channels, dtype, batch)),
         (OPS.structure_aware_ssm, OPS.structure_aware_ssm_backward, ssm_case(grid, channels, dtype, batch)),
     )
@@ -307,13 +310,13 @@ def test_non_finite_inputs_give_what_the_reference_gives(position):
 
 @pytest.mark.parametrize('grid', [(1, 1), (4, 5), (12, 7)])
 def test_gradients_are_the_derivatives(grid):
-    from mmspatialmamba.ops import selective_scan, state_fusion, structure_aware_ssm
+    from mmspatialmamba.ops import scan_states, state_fusion, structure_aware_ssm
 
     def leaves(arguments):
         return [x.detach().clone().requires_grad_() for x in arguments]
 
     tokens = grid[0] * grid[1]
-    assert torch.autograd.gradcheck(selective_scan, leaves(scan_case(tokens, 3, torch.float64, batch=1)))
+    assert torch.autograd.gradcheck(scan_states, leaves(scan_case(tokens, 3, torch.float64, batch=1)))
     assert torch.autograd.gradcheck(state_fusion, leaves(fusion_case(grid, 3, torch.float64, batch=1)))
     assert torch.autograd.gradcheck(structure_aware_ssm, leaves(ssm_case(grid, 3, torch.float64, batch=1, rank=2)))
 
@@ -325,12 +328,12 @@ def test_faults_are_noticed():
     u, delta, A, B = scan_case(2 * RUN, 5, torch.float64)
     carry_lost = torch.cat(
         [
-            selective_scan_reference(*(x[:, part] for x in (u, delta)), A, B[:, part])
+            scan_states_reference(*(x[:, part] for x in (u, delta)), A, B[:, part])
             for part in (slice(None, RUN), slice(RUN, None))
         ],
         1,
     )
-    assert relative_error(OPS.selective_scan(u, delta, A, B), carry_lost) > loosest
+    assert relative_error(OPS.scan_states(u, delta, A, B), carry_lost) > loosest
 
     h, taps = fusion_case((7, 8), 5, torch.float64)
     zero_padded = state_fusion_reference(F.pad(h, (0, 0, 5, 5, 5, 5)), taps)[:, 5:-5, 5:-5]

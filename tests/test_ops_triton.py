@@ -22,9 +22,9 @@ TOLERANCES = {
     ('gated_norm', 'float32'): (4e-6, 2e-6),  # 3.9e-7, 1.8e-7
     ('gated_norm', 'bfloat16'): (4e-2, 1.4e-6),  # 4.7e-3, 1.4e-7
     ('gated_norm', 'float16'): (3e-3, 1.8e-6),  # 2.9e-4, 1.8e-7
-    ('selective_scan', 'float32'): (5e-6, 5e-6),  # 4.9e-7, 4.2e-7
-    ('selective_scan', 'bfloat16'): (6e-2, 4e-6),  # 6.0e-3, 3.5e-7
-    ('selective_scan', 'float16'): (5e-3, 5e-6),  # 4.7e-4, 5.2e-7
+    ('scan_states', 'float32'): (5e-6, 5e-6),  # 4.9e-7, 4.2e-7
+    ('scan_states', 'bfloat16'): (6e-2, 4e-6),  # 6.0e-3, 3.5e-7
+    ('scan_states', 'float16'): (5e-3, 5e-6),  # 4.7e-4, 5.2e-7
     ('state_fusion', 'float32'): (2e-6, 1e-6),  # 1.8e-7, 1.1e-7
     ('state_fusion', 'bfloat16'): (5e-2, 4e-7),  # 5.4e-3, 4.2e-8
     ('state_fusion', 'float16'): (5e-3, 7e-7),  # 4.8e-4, 6.8e-8
@@ -63,7 +63,7 @@ CHECKS = {
     ),
 }
 
-GROUPS = {'gated_norm': 'norm', 'selective_scan': 'scan', 'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm'}
+GROUPS = {'gated_norm': 'norm', 'scan_states': 'scan', 'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm'}
 """Group whose cases run an op."""
 
 MAX_SPILLED = {'scan_kernel': 32, 'scan_backward_kernel': 32, 'adjoint_border_kernel': 32}
@@ -170,7 +170,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='PyTorch finds
 
 def check_on_gpu(op, arguments, dtype):
     """Compares an op and its gradients on the GPU with the reference in float64 on the CPU, twice, bit for bit."""
-    from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+    from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 
     function = getattr(torch.ops.mmspatialmamba, op)
     backward = getattr(torch.ops.mmspatialmamba, f'{op}_backward')
@@ -193,7 +193,7 @@ def check_on_gpu(op, arguments, dtype):
 def test_scan_on_gpu(length, dtype):
     u, delta, A, B = scan_inputs(length, 40)
     parameter_dtype = torch.promote_types(dtype, torch.float32)
-    check_on_gpu('selective_scan', (u.to(dtype), delta.to(dtype), A.to(parameter_dtype), B.to(dtype)), dtype)
+    check_on_gpu('scan_states', (u.to(dtype), delta.to(dtype), A.to(parameter_dtype), B.to(dtype)), dtype)
 
 
 @on_gpu

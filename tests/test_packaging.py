@@ -48,7 +48,7 @@ def test_wheel_contents(distributions):
     _, wheel = distributions
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0].partition('-')[0] for name in names} == {'mmspatialmamba'}
-    expected = {f'mmspatialmamba/ops/{path.name}' for path in (ROOT / 'ops').glob('*.py')}
+    expected = {f'mmspatialmamba/{path.relative_to(ROOT)}' for path in (ROOT / 'ops').rglob('*.py')}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / 'mmspatialmamba').rglob('*.py')}
     assert expected <= set(names)
 

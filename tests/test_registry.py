@@ -94,7 +94,7 @@ ops = importlib.util.module_from_spec(spec)
 sys.modules['mmspatialmamba.ops'] = ops
 spec.loader.exec_module(ops)
 import torch
-print(tuple(ops.selective_scan(*(torch.ones(1, 2, 3),) * 2, -torch.ones(3), torch.ones(1, 2, 1)).shape))
+print(tuple(ops.scan_states(*(torch.ones(1, 2, 3),) * 2, -torch.ones(3), torch.ones(1, 2, 1)).shape))
 """
     )
     assert run(code) == '(1, 2, 3)'

@@ -41,14 +41,14 @@ def test_kernels_under_sanitizers(variant, tmp_path):
         pytest.skip(f'this CPU has no {variant}')
     package = tmp_path / 'mmspatialmamba'
     shutil.copytree(ROOT / 'mmspatialmamba', package, ignore=shutil.ignore_patterns('.mim', '__pycache__'))
-    shutil.copytree(ROOT / 'ops', package / 'ops', ignore=shutil.ignore_patterns('*.so', 'csrc', '__pycache__'))
+    shutil.copytree(ROOT / 'ops', package / 'ops', ignore=shutil.ignore_patterns('*.so', '*.cpp', '*.h', '__pycache__'))
     capability = variant.upper()
     command = [
         'c++', '-shared', '-fPIC', '-std=c++20', '-O1', '-g1', '-fopenmp',
         '-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-sanitize=vptr,null,object-size',
         f'-DCPU_CAPABILITY={capability}', f'-DCPU_CAPABILITY_{capability}', *VARIANTS[variant],
         *(f'-I{path}' for path in cpp_extension.include_paths('cpu')),
-        *sorted((ROOT / 'ops' / 'csrc').glob('*.cpp')),
+        *sorted((ROOT / 'ops').glob('*/cpu.cpp')),
         *(f'-L{path}' for path in cpp_extension.library_paths('cpu')), '-ltorch', '-ltorch_cpu', '-lc10',
         '-o', package / 'ops' / f'_cpu_{variant}.so',
     ]  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import ssm_layer
-from mmspatialmamba.ops.state_fusion import TAP_OFFSETS
+from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
 from oracles import GRIDS, layer_arguments, layer_norm, relative_error, require_grad, scan_loop
 
 OPS = torch.ops.mmspatialmamba

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from mmspatialmamba.ops import fusion_taps, state_fusion
-from mmspatialmamba.ops.state_fusion import TAP_OFFSETS, state_fusion_reference
+from mmspatialmamba.ops.state_fusion.reference import state_fusion_reference
+from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
 from oracles import GRIDS, fusion_convolutions, fusion_weights, relative_error, require_grad
 
 # Ten times the largest relative error measured over GRIDS, of the reference: float32 1.6e-7, bfloat16 3.2e-3,

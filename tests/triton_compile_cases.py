@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 import triton
-from mmspatialmamba.ops import triton_fusion, triton_gated_norm, triton_scan
-from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
+from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
+from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
+from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,8 +67,8 @@ def recorded_launches():
         IMPLEMENTATIONS['structure_aware_ssm_backward'][0](arguments[0], *arguments)
     for dtype in POINTERS:
         u, B = empty(1, 64000, 128, dtype=dtype), empty(1, 64000, 1, dtype=dtype)
-        IMPLEMENTATIONS['selective_scan'][0](u, u, empty(128), B)
-        IMPLEMENTATIONS['selective_scan_backward'][0](u, u, u, empty(128), B)
+        IMPLEMENTATIONS['scan_states'][0](u, u, empty(128), B)
+        IMPLEMENTATIONS['scan_states_backward'][0](u, u, u, empty(128), B)
     for dtype, N, (H, W), E in (
         (torch.float32, 1, (200, 320), 128),
         (torch.bfloat16, 1, (200, 320), 128),

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from mmspatialmamba.ops import triton_fusion, triton_gated_norm, triton_scan
-from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
+from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
+from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
+from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from oracles import SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
 from triton.runtime import interpreter
 
@@ -23,8 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
     'gated_norm': ('out',),
     'gated_norm_backward': ('dy', 'dz', 'dweight', 'dbias', 'out'),
-    'selective_scan': ('h',),
-    'selective_scan_backward': ('du', 'ddelta', 'dA', 'dB'),
+    'scan_states': ('h',),
+    'scan_states_backward': ('du', 'ddelta', 'dA', 'dB'),
     'state_fusion': ('g',),
     'state_fusion_backward': ('dh', 'dtaps'),
     'structure_aware_ssm': ('y',),
@@ -174,35 +176,35 @@ def scan_cases():
     for dtype in DTYPES:
         for length in SEQUENCE_LENGTHS if dtype == torch.float32 else (17, 53):
             arguments = scan_arguments(length, 20, dtype)
-            record('selective_scan', noise(arguments[0]), *arguments)
+            record('scan_states', noise(arguments[0]), *arguments)
 
     arguments = scan_arguments(53, 20, torch.float32)
     gradient = noise(arguments[0])
     triton_scan.TARGET_PROGRAMS = 5  # chunks of several tiles
-    record('selective_scan', gradient, *arguments)
+    record('scan_states', gradient, *arguments)
     triton_scan.TARGET_PROGRAMS = 1  # one chunk
-    record('selective_scan', gradient, *arguments)
+    record('scan_states', gradient, *arguments)
     triton_scan.TARGET_PROGRAMS = 2048
 
     wide = torch.randn(2, 20, 53, 2, generator=torch.Generator().manual_seed(5))
     u = wide[..., 0].transpose(1, 2)  # permuted, every second value
     packed = torch.randn(2, 53, 7, generator=torch.Generator().manual_seed(6))
     expanded = torch.rand(2, 1, 20, generator=torch.Generator().manual_seed(7)).expand(2, 53, 20)
-    record('selective_scan', torch.ones(1).expand(2, 53, 20), u, expanded, arguments[2], packed[..., 3:4])
+    record('scan_states', torch.ones(1).expand(2, 53, 20), u, expanded, arguments[2], packed[..., 3:4])
 
     checks['scan: two runs, same bits'] = all(
         torch.equal(first, second)
         for first, second in zip(
-            run('selective_scan_backward', gradient, *arguments),
-            run('selective_scan_backward', gradient, *arguments),
+            run('scan_states_backward', gradient, *arguments),
+            run('scan_states_backward', gradient, *arguments),
             strict=True,
         )
     )
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
-    checks['scan: a carry lost at a chunk border is seen'] = compare('selective_scan', *arguments)['h'] > 1e-2
+    checks['scan: a carry lost at a chunk border is seen'] = compare('scan_states', *arguments)['h'] > 1e-2
     triton_scan.Scan._starts = lambda scan, x, adjoint: starts(scan, x, adjoint) * (not adjoint)
-    lost = compare('selective_scan_backward', gradient, *arguments)
+    lost = compare('scan_states_backward', gradient, *arguments)
     checks['scan: an adjoint carry lost at a chunk border is seen'] = min(lost.values()) > 1e-3
     triton_scan.Scan._starts = starts
     offset_cases()

@@ -3,7 +3,7 @@
 Example:
     python tools/get_flops.py configs/mask_rcnn_sm_t.py --shape 800 1280 --by-module 2
 
-The convention is MMEngine's: one operation per multiply-add, scan and state fusion counted (mmspatialmamba/flops.py
+The convention is MMEngine's: one operation per multiply-add, scan and state fusion counted (mmspatialmamba/ops/flops.py
 says how), activations not. As in the toolboxes, a model is counted up to the outputs of its heads, without loss,
 post-processing or auxiliary head. A two-stage detector gets as many proposals as its test_cfg keeps at most, 1000 in
 the published configs. Nothing is loaded: the weights do not matter.
@@ -22,8 +22,9 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement, InstanceData
+from mmspatialmamba.ops.flops import PARTS
 
-from mmspatialmamba.flops import HANDLES, PARTS
+from mmspatialmamba.flops import HANDLES
 
 PUBLISHED_SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 2048), 'mmpretrain': (224, 224)}
 """Height and width at which the published tables count, by the toolbox of the config."""

@@ -28,7 +28,7 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from mmspatialmamba.ops import structure_aware_ssm
-from mmspatialmamba.ops.state_fusion import TAP_OFFSETS
+from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
 
 from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.inspection import (

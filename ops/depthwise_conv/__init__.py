@@ -1,0 +1,99 @@
+"""The 3x3 depthwise convolutions of Spatial-Mamba, each with what stands around it in the model, as one op."""
+
+import torch
+
+from ..checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
+from ..library import accumulation_dtype, define, refuse_double_backward, register_autograd
+from .reference import depthwise_conv_backward_reference, depthwise_conv_reference
+
+ACTIVATIONS = ('none', 'silu', 'relu')
+STRIDES = (1, 2)
+
+
+def depthwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    stride: int = 1,
+    activation: str = 'none',
+    relu_input: bool = False,
+    residual: bool = False,
+) -> torch.Tensor:
+    """Convolves each channel of a map with a 3x3 kernel of its own; one row and column of zeros is padded on each side.
+
+    ``y = activation(conv(x) + bias)``, plus x with ``residual``; x is replaced by ``ReLU(x)`` with ``relu_input``.
+
+    Args:
+        x: Map, (N, H, W, E), channels last; float32, float64, bfloat16 or float16. A slice of the channels of a wider
+            map is read where it lies.
+        weight: Kernels, (E, 1, 3, 3), dimensionless.
+        bias: Bias, (E,), in units of the convolution.
+        stride: 1 or 2, for rows and columns alike.
+        activation: 'none', 'silu' or 'relu', applied to the convolution.
+        relu_input: Whether ReLU is applied to x first.
+        residual: Whether x is added to the result; for stride 1.
+
+    Returns:
+        y, (N, ceil(H / stride), ceil(W / stride), E), contiguous, dtype of ``x``.
+
+    Raises:
+        TypeError: A tensor is no floating-point tensor.
+        ValueError: An argument has another shape, device or value than stated above.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
+
+    Note:
+        Autocast: the op is on no autocast list and runs in the dtype of ``x``; weight and bias are converted to float32
+        (float64 for float64), in which the C++ kernel computes. Backward keeps the inputs only, and computes the
+        convolution again where there is an activation. Two runs give the same bits on the CPU, forward and backward;
+        on other devices PyTorch's own convolution decides. No double backward.
+    """
+    op = 'depthwise_conv'
+    check_tensor(op, 'x', x, 4)
+    check_not_empty(op, 'x', x)
+    check_parameter(op, 'weight', weight, (x.shape[-1], 1, 3, 3), x)
+    check_parameter(op, 'bias', bias, (x.shape[-1],), x)
+    if stride not in STRIDES:
+        raise ValueError(f'{op}: stride must be 1 or 2, got {stride!r}')
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'{op}: activation must be one of {", ".join(ACTIVATIONS)}, got {activation!r}')
+    if residual and stride != 1:
+        raise ValueError(f'{op}: residual needs stride 1, got {stride!r}')
+    refuse_forward_mode(op, x, weight, bias)
+    acc = accumulation_dtype(x.dtype)
+    return torch.ops.mmspatialmamba.depthwise_conv(
+        x, weight.to(acc), bias.to(acc), stride, activation, relu_input, residual
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx, dy):
+    gradients = torch.ops.mmspatialmamba.depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * len(ctx.options)
+
+
+def _fake(x, weight, bias, stride, *options):
+    N, H, W, E = x.shape
+    return x.new_empty((N, (H + stride - 1) // stride, (W + stride - 1) // stride, E))
+
+
+define(
+    'depthwise_conv(Tensor x, Tensor weight, Tensor bias, int stride, str activation, bool relu_input, bool residual)'
+    ' -> Tensor',
+    depthwise_conv_reference,
+    _fake,
+    slow=False,
+)
+define(
+    'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int stride, str activation,'
+    ' bool relu_input, bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias)',
+    depthwise_conv_backward_reference,
+    lambda dy, x, weight, bias, *options: tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias)),
+    slow=False,
+)
+register_autograd('depthwise_conv', _backward, _setup_context)
+refuse_double_backward('depthwise_conv_backward')

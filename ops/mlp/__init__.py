@@ -1,0 +1,121 @@
+"""The MLP branch of a Spatial-Mamba block, norm and skip connection included, as one op."""
+
+import torch
+
+from ..checks import check_parameter, check_scale, check_tensor, refuse_forward_mode
+from ..library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
+from .reference import mlp_backward_reference, mlp_reference
+
+
+def mlp(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Computes ``x + scale · (GELU(LN(x) weight1ᵀ + bias1) weight2ᵀ + bias2)`` for each token, with the exact GELU.
+
+    Args:
+        x: Tokens, (N, ..., d); float32, float64, bfloat16 or float16.
+        norm_weight: Scale of the LayerNorm, (d,), dimensionless.
+        norm_bias: Shift of the LayerNorm, (d,), dimensionless.
+        weight1: First matrix, (F, d).
+        bias1: Its bias, (F,).
+        weight2: Second matrix, (d, F).
+        bias2: Its bias, (d,).
+        scale: Factor on the branch of each image, as drop path draws it, (N,), without gradient; None for 1.
+        eps: Added to the variance, in units of x².
+
+    Returns:
+        out, (N, ..., d), contiguous, of the dtype to which that of ``x`` and that of the products promote.
+
+    Raises:
+        TypeError: A tensor is no floating-point tensor.
+        ValueError: An argument has another shape or device than stated above, or ``scale`` requires a gradient.
+        NotImplementedError: An argument carries a tangent of forward-mode differentiation.
+
+    Note:
+        Autocast: as in a linear layer the products run in autocast's dtype where it is on, else in that of ``x``; the
+        matrices and the second bias are converted to it, norm, first bias and GELU are computed in float32 (float64
+        for float64). Backward keeps x and the hidden values before the activation, (..., F), which PyTorch's layers
+        keep twice; norm and GELU are computed again. Two runs give the same bits on the CPU; on other devices
+        PyTorch's own products decide. No double backward.
+
+        Source: arXiv 2410.15091, MLP of a Spatial-Mamba block.
+    """
+    op = 'mlp'
+    check_tensor(op, 'x', x, getattr(x, 'ndim', 0))
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f'{op}: x must have at least two dimensions and one channel, got shape {tuple(x.shape)}')
+    d = x.shape[-1]
+    check_tensor(op, 'weight1', weight1, 2)
+    hidden = len(weight1)
+    arguments = {
+        'norm_weight': (norm_weight, (d,)), 'norm_bias': (norm_bias, (d,)), 'weight1': (weight1, (hidden, d)),
+        'bias1': (bias1, (hidden,)), 'weight2': (weight2, (d, hidden)), 'bias2': (bias2, (d,)),
+    }  # fmt: skip
+    for name, (argument, shape) in arguments.items():
+        check_parameter(op, name, argument, shape, x)
+    tensors = (x, *(argument for argument, _ in arguments.values()))
+    refuse_forward_mode(op, *tensors)
+    dtype = matmul_dtype(x)
+    x = x.to(torch.promote_types(x.dtype, dtype))
+    acc = accumulation_dtype(x.dtype)
+    if scale is not None:
+        check_scale(op, scale, x)
+        scale = scale.to(x.dtype).repeat_interleave(x.shape[1:-1].numel())
+    out, _ = torch.ops.mmspatialmamba.mlp(
+        x.reshape(-1, d), norm_weight.to(acc), norm_bias.to(acc), eps, weight1.to(dtype),
+        bias1.to(accumulation_dtype(dtype)), weight2.to(dtype), bias2.to(dtype), scale,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, norm_weight, norm_bias, ctx.eps, weight1, bias1, weight2, _, scale, _ = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight1, bias1, weight2, scale, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return (None,) * 10
+    x, norm_weight, norm_bias, *others = ctx.saved_tensors
+    dx, dnorm_weight, dnorm_bias, *gradients = torch.ops.mmspatialmamba.mlp_backward(
+        dout, x, norm_weight, norm_bias, ctx.eps, *others
+    )
+    return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None
+
+
+def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, keep_hidden):
+    tokens = len(x)
+    return x.new_empty(tokens, len(weight2)), weight1.new_empty(tokens if keep_hidden else 0, len(weight1))
+
+
+define(
+    'mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2,'
+    ' Tensor bias2, Tensor? scale, bool keep_hidden) -> (Tensor out, Tensor hidden)',
+    mlp_reference,
+    _fake,
+    slow=False,
+)
+define(
+    'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1,'
+    ' Tensor weight2, Tensor? scale, Tensor hidden) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,'
+    ' Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
+    mlp_backward_reference,
+    lambda dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, scale, hidden: (
+        tuple(tensor.new_empty(tensor.shape) for tensor in (x, norm_weight, norm_bias, weight1, bias1, weight2))
+        + (weight2.new_empty(len(weight2)),)
+    ),
+    slow=False,
+)
+register_autograd('mlp', _backward, _setup_context)
+refuse_double_backward('mlp_backward')
