@@ -283,13 +283,6 @@ def record_ssm(
         if tuple(block) not in turns:
             depths = ', '.join(str(len(stage.blocks)) for stage in backbone.stages)
             raise ValueError(f'expected a stage and a block among {depths} blocks of the stages, found {block}')
-    layers = [module for module in backbone.modules() if isinstance(module, StructureAwareSSM)]
-    # Where a layer has a hook, `is_fusable` puts no op in the place of the recorded one and those around it.
-    handles = [layer.in_proj.register_forward_hook(lambda *_: None) for layer in layers]
-    try:
-        with _Recorder({turns[tuple(block)] for block in blocks}) as recorder:
-            backbone(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _Recorder({turns[tuple(block)] for block in blocks}) as recorder:
+        backbone(inputs)
     return {tuple(block): recorder.records[turns[tuple(block)]] for block in blocks}

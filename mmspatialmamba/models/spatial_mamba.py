@@ -44,14 +44,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = self.ssm(self.cpe1(x), self.norm1, self._draw_scale(x))
-        return self.mlp(self.cpe2(x), self.norm2, self._draw_scale(x))
-
-    def _draw_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the factor of drop path on the branch of each image, 0 or 1 / (1 - rate), (N,); None for 1."""
-        if not self.training or not self.drop_path.drop_prob:
-            return None
-        return self.drop_path(x.new_ones(x.shape[0]))
+        x = self.cpe1(x)
+        x = x + self.drop_path(self.ssm(self.norm1(x)))
+        x = self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Stage(nn.Module):
@@ -67,6 +63,21 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(channels, rate) for rate in drop_path_rates)
         self.downsample = Downsample(channels) if downsample else None
+
+    def forward(self, x: torch.Tensor, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the map of this stage and the input of the next.
+
+        Args:
+            x: Map, (N, H, W, d).
+            recompute: Whether the blocks are computed again in backward, to save memory.
+
+        Returns:
+            The map after the blocks, (N, H, W, d), and after the downsample, (N, ceil(H/2), ceil(W/2), 2d), or None if
+            there is none.
+        """
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x, None if self.downsample is None else self.downsample(x)
 
 
 @ROOT_MODELS.register_module()
@@ -136,6 +147,7 @@ class SpatialMamba(BaseModule):
         for name, flag in (('norm_eval', norm_eval), ('with_cp', with_cp)):
             if not isinstance(flag, bool):
                 raise TypeError(f'SpatialMamba: {name} must be True or False, got {flag!r}')
+        self.in_channels = in_channels
         self.out_indices = self._parse_out_indices(out_indices, len(depths))
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -243,7 +255,7 @@ class SpatialMamba(BaseModule):
         Raises:
             ValueError: The shape of ``x`` is not the one stated above.
         """
-        expected = self.stem.reduce.conv.in_channels
+        expected = getattr(self.stem.reduce.conv, 'in_channels', self.in_channels)
         if x.ndim != 4 or x.shape[1] != expected or 0 in x.shape[2:]:
             raise ValueError(f'SpatialMamba: expected an image batch (N, {expected}, H, W), got {tuple(x.shape)}')
         try:
@@ -263,12 +275,9 @@ class SpatialMamba(BaseModule):
         recompute = self.with_cp and torch.is_grad_enabled()
         x = self.stem(x)
         for index, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            out, x = stage(x, recompute)
             if index in self.out_indices:
-                maps[index] = self.out_norms[str(index)](x).permute(0, 3, 1, 2).contiguous()
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+                maps[index] = self.out_norms[str(index)](out).permute(0, 3, 1, 2).contiguous()
         return tuple(maps[index] for index in self.out_indices)
 
     def __prepare_scriptable__(self):
@@ -309,7 +318,8 @@ class SpatialMamba(BaseModule):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        own = {prefix + name: tensor.shape for name, tensor in self.state_dict().items()}
+        # A layer's state may hold more than tensors, as that of a quantized one does.
+        own = {prefix + name: getattr(value, 'shape', ()) for name, value in self.state_dict().items()}
         report = adapt_state_dict(state_dict, prefix, own, classifier=self.out_indices == (len(self.depths) - 1,))
         source = local_metadata.get(SourceMetadata.KEY)
         # MMEngine only logs what does not fit, and a wrong file must not start a training from random weights. A state
