@@ -16,6 +16,7 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+PACKAGES = ('checkpoint_names', 'models', 'ops')
 OP_PACKAGES = [f'mmspatialmamba.ops.{path.parent.name}' for path in sorted((ROOT / 'ops').glob('*/__init__.py'))]
 
 BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
@@ -81,7 +82,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops', *OP_PACKAGES],
+    packages=['mmspatialmamba', *(f'mmspatialmamba.{name}' for name in PACKAGES), *OP_PACKAGES],
     package_dir={'mmspatialmamba.ops': 'ops'},
     # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
     package_data={

@@ -121,7 +121,9 @@ def test_frozen_stages(frozen):
         is_frozen = index <= frozen
         assert all(p.requires_grad != is_frozen for p in part.parameters())
         assert all(m.training != is_frozen for m in part.modules() if isinstance(m, nn.BatchNorm2d))
-    assert all(p.requires_grad for p in model.out_norms.parameters())
+    for index, norm in model.out_norms.items():  # with their stage, as mmdet's Swin freezes them
+        assert all(p.requires_grad != (int(index) < frozen) for p in norm.parameters())
+        assert norm.training != (int(index) < frozen)
 
 
 def test_norm_eval_keeps_statistics():

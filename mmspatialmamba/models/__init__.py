@@ -1,5 +1,6 @@
 """Modules that configs can name."""
 
+from .backbone import Backbone
 from .spatial_mamba import SpatialMamba
 
-__all__ = ['SpatialMamba']
+__all__ = ['Backbone', 'SpatialMamba']
