@@ -98,8 +98,10 @@ def _project(dt_ptr, weights, bias):
 def _steps_at(dt_ptr, n, t, e, L, stride_dn, E: tl.constexpr, STRIDE_DT: tl.constexpr, RANK: tl.constexpr):
     """Points to the step sizes of a token: to those of the channels or, with a rank, to its first component."""
     if RANK == 0:
-        return dt_ptr + (n * L + t) * E + e
-    return dt_ptr + n * stride_dn + t * STRIDE_DT
+        dt_ptr += (n * L + t) * E + e
+    else:
+        dt_ptr += n * stride_dn + t * STRIDE_DT
+    return dt_ptr
 
 
 @triton.jit
