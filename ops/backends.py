@@ -80,9 +80,9 @@ def _load_triton() -> str:
         import triton
     except ImportError as error:
         return f'Triton cannot be imported: {error}'
-    # Older versions are untested, and the first ones lack tuples of tensors and compile-time functions.
-    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 6):
-        return f'needs Triton 3.6 or later, found {triton.__version__}'
+    # Older versions lack tuples of tensors, or cannot index a tuple of constants.
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 4):
+        return f'needs Triton 3.4 or later, found {triton.__version__}'
     for op in TRITON_OPS:
         importlib.import_module(f'.{op}.triton_kernels', __package__)
     return ''

@@ -22,12 +22,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = {
-    triton_scan: ('carry_kernel', 'combine_kernel', 'scan_kernel', 'scan_backward_kernel'),
+    triton_scan: (
+        'carry_kernel',
+        'combine_kernel',
+        'scan_kernel',
+        'scan_backward_kernel',
+        'step_size_kernel',
+        'step_size_backward_kernel',
+    ),
     triton_gated_norm: ('gated_norm_kernel', 'gated_norm_backward_kernel'),
     triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
 }
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
-SIZES = ('tiles', 'L', 'H', 'W', 'E')
+SIZES = ('tiles', 'E')
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 
 
@@ -55,14 +62,16 @@ def recorded_launches():
         (torch.float32, 1, (200, 320), 128, 4),
         (torch.bfloat16, 1, (200, 320), 128, 4),
         (torch.float16, 1, (200, 320), 128, 4),
-        (torch.bfloat16, 1, (50, 80), 512, 16),  # chunks of one tile: their loop disappears
+        (torch.bfloat16, 1, (100, 160), 256, 8),
+        (torch.float32, 1, (100, 160), 480, 15),  # the largest rank whose projection is part of the scan
+        (torch.bfloat16, 1, (50, 80), 512, 16),
         (torch.bfloat16, 32, (14, 14), 1024, 32),  # few columns
         (torch.bfloat16, 4, (32, 40), 1536, 48),
         (torch.float32, 4, (32, 40), 1536, 48),
         (torch.float32, 1, (1, 1), 1, 1),
     ):
-        maps = (empty(N, H, W, width, dtype=dtype) for width in (E, R, 1, 1))
-        arguments = (*maps, empty(E, R), empty(E), empty(E), empty(E), empty(25, E))
+        dt, B, C = empty(N, H, W, R + 2, dtype=dtype).split((R, 1, 1), -1)
+        arguments = (empty(N, H, W, E, dtype=dtype), dt, B, C, empty(E, R), empty(E), empty(E), empty(E), empty(25, E))
         IMPLEMENTATIONS['structure_aware_ssm'][0](*arguments)
         IMPLEMENTATIONS['structure_aware_ssm_backward'][0](arguments[0], *arguments)
     for dtype in POINTERS:
@@ -94,20 +103,22 @@ def specialize(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     options = {key: kwargs[key] for key in kwargs if key not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
-    for i, name in enumerate(kernel.arg_names):
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             signature[name] = 'fp32'
             continue
-        elif kernel.params[i].is_constexpr or value == 1:
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[name] = 'constexpr'
             constants[name] = value
             continue
         else:
             signature[name] = 'i32' if value < 2**31 else 'i64'
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [['tt.divisibility', 16]]
     return signature, constants, attributes, options
 
