@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
@@ -30,6 +31,7 @@ KERNELS = {
         'step_size_kernel',
         'step_size_backward_kernel',
     ),
+    triton_conv: ('conv_kernel', 'conv_parameters_kernel', 'conv_adjoint_kernel'),
     triton_gated_norm: ('gated_norm_kernel', 'gated_norm_backward_kernel'),
     triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
 }
@@ -92,6 +94,20 @@ def recorded_launches():
         IMPLEMENTATIONS['gated_norm'][0](y, z, empty(E), empty(E), 1e-5)
         for with_out in (False, True):
             IMPLEMENTATIONS['gated_norm_backward'][0](y, y, z, empty(E), empty(E), 1e-5, with_out)
+    for dtype, N, (H, W), E, options in (
+        (torch.float32, 1, (200, 320), 128, (1, 'silu', False, False)),
+        (torch.bfloat16, 1, (200, 320), 128, (1, 'silu', False, False)),
+        (torch.float16, 1, (200, 320), 128, (1, 'silu', False, False)),
+        (torch.bfloat16, 1, (200, 320), 64, (1, 'none', False, True)),
+        (torch.float32, 2, (200, 320), 512, (2, 'relu', True, False)),
+        (torch.bfloat16, 2, (200, 320), 512, (2, 'relu', True, False)),
+        (torch.bfloat16, 1, (25, 40), 1024, (1, 'silu', False, False)),  # a tile a program: its loop disappears
+        (torch.bfloat16, 2, (200, 320), 96, (1, 'none', False, True)),  # base: the narrower block
+        (torch.float32, 1, (1, 1), 1, (1, 'silu', False, True)),
+    ):
+        x = empty(N, H, W, 2 * E, dtype=dtype)[..., :E]
+        y = IMPLEMENTATIONS['depthwise_conv'][0](x, empty(E, 1, 3, 3), empty(E), *options)
+        IMPLEMENTATIONS['depthwise_conv_backward'][0](y, x, empty(E, 1, 3, 3), empty(E), *options)
     h = empty(1, 200, 320, 128)
     IMPLEMENTATIONS['state_fusion'][0](h, empty(25, 128))
     IMPLEMENTATIONS['state_fusion_backward'][0](h, h, empty(25, 128))

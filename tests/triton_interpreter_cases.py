@@ -8,6 +8,7 @@ dtype over all shapes, against the reference in float64; and ``checks``, what el
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -15,17 +16,20 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
-from oracles import SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
+    'depthwise_conv': ('y',),
+    'depthwise_conv_backward': ('dx', 'dparameters'),
     'gated_norm': ('out',),
-    'gated_norm_backward': ('dy', 'dz', 'dweight', 'dbias', 'out'),
+    'gated_norm_backward': ('dy', 'dz', 'dparameters', 'out'),
     'scan_states': ('h',),
     'scan_states_backward': ('du', 'ddelta', 'dA', 'dB'),
     'state_fusion': ('g',),
@@ -33,7 +37,7 @@ OUTPUTS = {
     'structure_aware_ssm': ('y',),
     'structure_aware_ssm_backward': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD', 'dtaps'),
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dweight', 'dbias'}
+PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters'}
 """Outputs in float32 whatever the dtype of the maps."""
 errors: dict[str, dict[str, float]] = {}
 checks: dict[str, bool] = {}
@@ -64,7 +68,7 @@ def quicken_interpreter():
 
     interpreter.ScanOps.generic_scan = scan_rows
     call = interpreter.InterpretedFunction.__call__
-    ours = {id(module.__dict__) for module in (triton_scan, triton_fusion, triton_gated_norm)}
+    ours = {id(module.__dict__) for module in (triton_scan, triton_fusion, triton_gated_norm, triton_conv)}
 
     def call_device_function(self, *args, **kwargs):
         if id(self.fn.__globals__) in ours:
@@ -82,6 +86,7 @@ def shrink_blocks():
     triton_scan.DOT_BLOCK = (16, 16)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = 64
+    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, 2
 
 
 def run(name, *arguments):
@@ -127,6 +132,79 @@ def fusion_arguments(batch, grid, channels, dtype=torch.float32):
     taps = torch.randn(25, channels, generator=torch.Generator().manual_seed(3))
     h = torch.randn(batch, *grid, channels, generator=torch.Generator().manual_seed(4))
     return h.to(dtype), taps
+
+
+def conv_cases():
+    for stride, activation, relu_input, residual in itertools.product(
+        (1, 2), ('none', 'silu', 'relu'), (False, True), (False, True)
+    ):
+        if residual and stride != 1:
+            continue
+        record_conv((4, 5), 10, torch.float32, stride, activation, relu_input, residual)
+    for grid, channels in (((1, 1), 5), ((1, 21), 3), ((9, 1), 3), ((3, 2), 32), ((8, 4), 8)):
+        record_conv(grid, channels, torch.float32, 1, 'silu', False, True)
+        record_conv(grid, channels, torch.float32, 2, 'relu', True, False)
+    for dtype in (torch.bfloat16, torch.float16):
+        record_conv((6, 5), 10, dtype, 1, 'silu', False, False)
+        record_conv((6, 5), 10, dtype, 1, 'none', False, True)
+        record_conv((6, 5), 10, dtype, 2, 'relu', True, False)
+
+    x, weight, bias = conv_arguments((5, 6), 12, torch.float32)
+    silu, relu = (1, 'silu', False, False), (2, 'relu', True, False)
+    gradient = torch.ones(1).expand(x.shape)
+    halves = torch.cat((x, x), -1)[..., 12:]
+    permuted = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    cropped = torch.nn.functional.pad(x, (0, 0, 1, 2, 2, 0))[:, 2:, 1:-2]
+    for same in (halves, permuted, cropped, x[:1].expand(2, -1, -1, -1)):
+        record('depthwise_conv', gradient, same, weight, bias, *silu)
+    scattered = torch.stack((weight, weight), -1)[..., 0]
+    record('depthwise_conv', gradient, halves, scattered, bias.repeat_interleave(2)[::2], *silu)
+    record('depthwise_conv', gradient, halves, weight, None, *silu)
+    triton_conv.TARGET_PROGRAMS = 5  # several tiles each, the last ones beyond the end
+    record('depthwise_conv', gradient, halves, weight, bias, *silu)
+    record('depthwise_conv', gradient[:, :3, :3], halves, weight, bias, *relu)
+
+    first, second = (run('depthwise_conv_backward', gradient, halves, weight, bias, *silu) for _ in range(2))
+    checks['conv: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    checks['conv: a slice of a wider map is no copy'] = triton_conv._pixels(halves).data_ptr() == halves.data_ptr()
+    spoilt = halves.clone()
+    spoilt[0, 3, 4, 2] = float('nan')
+    outputs = [run('depthwise_conv', spoilt, weight, bias, *options)[0] for options in (silu, relu)]
+    wanted = [triton_conv.depthwise_conv_reference(spoilt, weight, bias, *options) for options in (silu, relu)]
+    checks['conv: NaN where the reference has it'] = all(
+        bool(one.isnan().any()) and torch.equal(one.isnan(), other.isnan())
+        for one, other in zip(outputs, wanted, strict=True)
+    )
+    inside = triton_conv._inside
+    triton_conv._inside = _inside_rows
+    checks['conv: a padding that wraps around is seen'] = compare('depthwise_conv', x, weight, bias, *silu)['y'] > 1e-2
+    triton_conv._inside = inside
+    load_bias = triton_conv._load_bias
+    triton_conv._load_bias = _load_no_bias
+    lost = compare('depthwise_conv_backward', gradient, x, weight, bias, *silu)
+    checks['conv: a dropped bias is seen'] = (
+        min(compare('depthwise_conv', x, weight, bias, *silu)['y'], lost['dx'], lost['dparameters']) > 1e-2
+    )
+    triton_conv._load_bias = load_bias
+    conv_offset_case()
+
+
+def record_conv(grid, channels, dtype, stride, *options):
+    x, weight, bias = conv_arguments(grid, channels, dtype, batch=1)
+    gradient = noise(torch.empty(1, -(-grid[0] // stride), -(-grid[1] // stride), channels, dtype=dtype))
+    record('depthwise_conv', gradient, x, weight, bias, stride, *options)
+
+
+@triton.jit
+def _inside_rows(n, y, x, channels, N, H, W):
+    """Takes the last pixel of the row above for the one left of a row."""
+    row = (n < N) & (y >= 0) & (y < H) & ((n * H + y) * W > 0)
+    return (row & (x < W))[:, None] & channels[None, :]
+
+
+@triton.jit
+def _load_no_bias(bias_ptr, e, channels, WITH_BIAS: tl.constexpr):
+    return tl.zeros((1, e.shape[0]), tl.float32)
 
 
 def norm_cases():
@@ -380,6 +458,26 @@ def offset_cases():
 
 
 @triton.jit
+def _far_conv_kernel(x_ptr, y_ptr, n, y, x, H, W, E, stride_t, far, far_out, T: tl.constexpr):
+    e = tl.arange(0, T)
+    n = n.to(tl.int64)
+    start, pitch = triton_conv._start(n, y, x, H, W, stride_t)
+    out_start, out_pitch = triton_conv._start(n, y, x, H, W, E)
+    inside = triton_conv._inside(n, y, x + e, e < E, n + 1, H, W)
+    tile = triton_conv._load(x_ptr - far + (start + pitch), e, e, inside, stride_t)
+    triton_conv._store(y_ptr - far_out + (out_start + out_pitch), tile, e, e, inside, E)
+
+
+def conv_offset_case():
+    """The same for the depthwise convolution, whose pixels have one number over all images."""
+    T, E, side, n = 16, 1024, 2**12, 3
+    x, y = torch.randn(T, 2 * E), torch.zeros(T, E)
+    first = (n * side + side - 1) * side + side - T
+    _far_conv_kernel[(1,)](x, y, n, side - 2, side - T, side, side, E, 2 * E, first * 2 * E, first * E, T=T)
+    checks['conv: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T]) and not y[:, T:].any()
+
+
+@triton.jit
 def _far_norm_kernel(x_ptr, z_ptr, y_ptr, block, tokens, L, E, stride_n, stride_t, far, far_z, T: tl.constexpr):
     t = block.to(tl.int64) * T + tl.arange(0, T)
     e = tl.arange(0, T)
@@ -406,5 +504,8 @@ if __name__ == '__main__':
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
-    {'norm': norm_cases, 'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases}[sys.argv[1]]()
+    groups = {
+        'conv': conv_cases, 'norm': norm_cases, 'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases,
+    }  # fmt: skip
+    groups[sys.argv[1]]()
     print(json.dumps({'errors': errors, 'checks': checks}))
