@@ -15,6 +15,9 @@ LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
 SLOW_REFERENCE_TOKENS = 16384
 """Number of tokens a sequence from which the reference warns that it is slow."""
 
+REFERENCES: dict[str, Callable] = {}
+"""For each op the kernel of last resort."""
+
 _warned_devices: set[str] = set()
 
 
@@ -56,6 +59,7 @@ def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) 
             return reference(*args)
 
     LIBRARY.define(schema)
+    REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=LIBRARY)
 
