@@ -1,5 +1,8 @@
 """Every config resolves; the published recipes equal those of the paper's repository; optimizer groups."""
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,40 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
 def test_config_resolves_and_its_backbone_builds(path):
     backbone = dict(Config.fromfile(path).model.backbone)
-    assert backbone.pop('type') == 'SpatialMamba'
+    assert backbone.pop('type') == 'mmspatialmamba.SpatialMamba'
     with torch.device('meta'):
         SpatialMamba(**backbone)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize('name', ['mask_rcnn_sm_t', 'mask2former_semantic_sm_t', 'cls_sm_t'])
+def test_imports_and_hooks_of_a_child_switch_nothing_off(name, tmp_path):
+    child = tmp_path / 'child.py'
+    child.write_text(
+        f'_base_ = [{str(CONFIGS / name)!r} + ".py"]\n'
+        'custom_imports = dict(imports=["json"], allow_failed_imports=False)\n'
+        'custom_hooks = [dict(type="EmptyCacheHook")]\n'
+        'model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=64, depths=(1, 1, 1, 1)), pretrained=None))\n'
+    )
+    code = f"""
+        import sys
+        sys.path.append({str(Path(__file__).parent)!r})
+        import torchvision_setup
+        from mmengine.config import Config
+        from mmengine.registry import HOOKS, MODELS, init_default_scope
+        config = Config.fromfile({str(child)!r})
+        assert 'mmspatialmamba' not in sys.modules
+        init_default_scope(config.default_scope)
+        model = MODELS.build(config.model)
+        with HOOKS.switch_scope_and_registry(None) as registry:
+            hooks = [registry.get(hook.type) for hook in (*config.default_hooks.values(), *config.custom_hooks)]
+        print(type(model.backbone).__name__, *(hook.__name__ for hook in hooks))
+    """
+    result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    backbone, *hooks = result.stdout.splitlines()[-1].split()
+    assert backbone == 'SpatialMamba'
+    assert ({'EMAHook', 'MESAHook'} <= set(hooks)) == (name == 'cls_sm_t')
 
 
 def optimizer_of(config):
@@ -35,7 +69,7 @@ def test_published_variants(method, archs):
     widths = {'t': (64, (2, 4, 8, 4), 0.2), 's': (64, (2, 4, 21, 5), 0.3), 'b': (96, (2, 4, 21, 5), 0.5)}
     for arch in archs:
         backbone = dict(Config.fromfile(CONFIGS / f'{method}_sm_{arch}.py').model.backbone)
-        assert backbone.pop('type') == 'SpatialMamba'
+        assert backbone.pop('type') == 'mmspatialmamba.SpatialMamba'
         with torch.device('meta'):
             model = SpatialMamba(**backbone)
         assert (model.channels[0], model.depths, backbone['drop_path_rate']) == widths[arch]
@@ -94,7 +128,7 @@ def test_classification_is_the_published_recipe():
     assert steps['RandAugment'].policies == 'timm_increasing'
     assert steps['ColorJitter'].brightness == steps['ColorJitter'].contrast == steps['ColorJitter'].saturation == 0.4
     assert steps['RandomErasing'].erase_prob == 0.25
-    ema, mesa = config.custom_hooks
+    ema, mesa = config.default_hooks.ema, config.default_hooks.mesa
     assert (ema.type, ema.momentum) == ('EMAHook', 1e-4)
     assert mesa.begin_epoch == config.train_cfg.max_epochs // 4
 
