@@ -41,7 +41,6 @@ train_pipeline = [
         magnitude_std=0.5,
         hparams=dict(pad_val=[round(x) for x in bgr_mean], interpolation='bicubic'),
     ),
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
     dict(
         type='RandomErasing',
         erase_prob=0.25,
@@ -72,6 +71,7 @@ auto_scale_lr = dict(base_batch_size=1024)
 
 # Not custom_hooks, which a config that inherits this one would replace as a whole.
 default_hooks = dict(
-    ema=dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL'),
+    # BatchNorm's statistics are averaged too, as in the original; by default they are copied.
+    ema=dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL'),
     mesa=dict(type='mmspatialmamba.mesa.MESAHook', begin_epoch=75),
 )
