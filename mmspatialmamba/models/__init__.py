@@ -1,5 +1,6 @@
 """Modules that configs can name."""
 
+from .mm_spatial_mamba import MMSpatialMamba
 from .spatial_mamba import SpatialMamba
 
-__all__ = ['SpatialMamba']
+__all__ = ['MMSpatialMamba', 'SpatialMamba']
