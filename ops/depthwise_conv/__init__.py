@@ -86,14 +86,12 @@ define(
     ' -> Tensor',
     depthwise_conv_reference,
     _fake,
-    slow=False,
 )
 define(
     'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int stride, str activation,'
     ' bool relu_input, bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias)',
     depthwise_conv_backward_reference,
     lambda dy, x, weight, bias, *options: tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias)),
-    slow=False,
 )
 register_autograd('depthwise_conv', _backward, _setup_context)
 refuse_double_backward('depthwise_conv_backward')
