@@ -64,7 +64,8 @@ class Backbone(BaseModule):
         drop_path_rate: Drop-path rate of the last block; it grows linearly from 0 at the first.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their output norms: no
             gradients, and they stay in evaluation mode.
-        norm_eval: Whether every BatchNorm stays in evaluation mode in training.
+        norm_eval: Whether every BatchNorm stays in evaluation mode in training. Otherwise one does whose parameters
+            were frozen while others of the backbone train: an adapter's file would not hold its statistics.
         with_cp: Whether blocks are computed again in backward to save memory (non-reentrant checkpointing).
         pretrained: Path of a checkpoint, short for ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: MMEngine's initialization config. Initial values are set by the constructor; the published
@@ -240,13 +241,17 @@ class Backbone(BaseModule):
         super().init_weights()
 
     def train(self, mode: bool = True) -> 'Backbone':
-        """Sets the mode, keeps frozen parts and, with ``norm_eval``, every BatchNorm in evaluation mode."""
+        """Sets the mode, keeps frozen parts, and BatchNorm as ``norm_eval`` says, in evaluation mode."""
         super().train(mode)
         self._freeze()
-        if mode and self.norm_eval:
+        if mode:
+            # Wholly frozen is the average of another network, whose BatchNorm follows the batch.
+            has_adapters = any(parameter.requires_grad for parameter in self.parameters())
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
-                    module.eval()
+                    is_frozen = module.affine and not module.weight.requires_grad
+                    if self.norm_eval or (is_frozen and has_adapters):
+                        module.eval()
         return self
 
     def _freeze(self) -> None:

@@ -94,14 +94,12 @@ define(
     ' -> Tensor',
     depthwise_conv_reference,
     _fake,
-    slow=False,
 )
 define(
     'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int stride, str activation,'
     ' bool relu_input, bool residual) -> (Tensor dx, Tensor dparameters)',
     depthwise_conv_backward_reference,
     lambda dy, x, weight, *others: (x.new_empty(x.shape), weight.new_empty((KERNEL + 1) * len(weight))),
-    slow=False,
 )
 register_autograd('depthwise_conv', _backward, _setup_context)
 refuse_double_backward('depthwise_conv_backward')

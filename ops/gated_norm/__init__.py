@@ -67,14 +67,12 @@ define(
     'gated_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor',
     gated_norm_reference,
     lambda y, *others: y.new_empty(y.shape),
-    slow=False,
 )
 define(
     'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps, bool with_out=False)'
     ' -> (Tensor dy, Tensor dz, Tensor dparameters, Tensor out)',
     gated_norm_backward_reference,
     _fake_backward,
-    slow=False,
 )
 register_autograd('gated_norm', _backward, _setup_context)
 refuse_double_backward('gated_norm_backward')

@@ -208,7 +208,6 @@ define(
     f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',
     _forward,
     _fake,
-    slow=False,
 )
 define(
     f'ssm_layer_backward(Tensor dout, {_PARAMETERS}, Tensor uz, Tensor u, Tensor steps, Tensor y) ->'
@@ -217,7 +216,6 @@ define(
     ' Tensor dout_norm_weight, Tensor dout_norm_bias)',
     _backward_kernel,
     _fake_backward,
-    slow=False,
 )
 register_autograd('ssm_layer', _backward, _setup_context)
 refuse_double_backward('ssm_layer_backward')
