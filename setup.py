@@ -79,7 +79,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops'],
+    packages=['mmspatialmamba', 'mmspatialmamba.dataset_checks', 'mmspatialmamba.models', 'mmspatialmamba.ops'],
     package_dir={'mmspatialmamba.ops': 'ops'},
     # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
     package_data={
