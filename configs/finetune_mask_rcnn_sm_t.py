@@ -26,3 +26,6 @@ test_evaluator = val_evaluator
 
 # One GPU with 2 images a step, where the published recipe has 16: an eighth of its learning rate.
 optim_wrapper = dict(optimizer=dict(lr=1e-4 / 8))
+
+# Stops before the first step where a head has another number of classes than the data set.
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
