@@ -278,10 +278,10 @@ class DatasetCheck:
         classes = dataset.metainfo.get('classes')
         check_classes(findings, classes, metainfo, ERROR if segmentation else WARNING)
         part.classes = None if findings.has_error else list(classes)
-        content = None
+        content, skipped = None, set()
         if _is_coco(dataset):
             part.ann_file = dataset.ann_file
-            content = self._check_annotations(dataset, findings, part, 'classes' in metainfo, training)
+            content, skipped = self._check_annotations(dataset, findings, part, 'classes' in metainfo, training)
         elif hasattr(dataset, 'img_suffix'):
             check_folders(dataset, findings)
         try:
@@ -299,33 +299,33 @@ class DatasetCheck:
             if not findings.has_error:
                 findings.add(ERROR, 'the data set has no images', 'correct data_root and data_prefix')
         else:
-            self._read_images(dataset, findings, part, training)
+            self._read_images(dataset, findings, part, training, skipped)
         if training and part.classes is not None:
             self._check_heads(part.classes, findings)
         self.findings += findings
 
     def _check_annotations(
         self, dataset: object, findings: Findings, part: Part, own_classes: bool, training: bool
-    ) -> dict | None:
-        """Checks a file in COCO's format; returns its content if it can be read."""
+    ) -> tuple[dict | None, set]:
+        """Checks a file in COCO's format; returns its content if it can be read, and images not to be loaded."""
         path = Path(dataset.ann_file)
         if '://' in dataset.ann_file:
-            return None  # a remote file: the toolbox alone reads it
+            return None, set()  # a remote file: the toolbox alone reads it
         if not path.is_file():
             findings.add(ERROR, f'there is no file {str(path)!r}', find_annotations(path, dataset.data_root))
-            return None
+            return None, set()
         content = read_coco(path, findings)
         if content is None:
-            return None
+            return None, set()
         metrics = [] if training else [evaluator.get('metric', []) for evaluator in self._evaluators()]
         masks = 'segm' in str(metrics) or any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
-        check_coco(content, findings, part.classes, own_classes, masks, evaluated=bool(metrics))
+        skipped = check_coco(content, findings, part.classes, own_classes, masks, evaluated=bool(metrics))
         folder = dataset.data_prefix.get('img')
         if folder is None:
             findings.add(
                 ERROR, f"data_prefix has no 'img', but {listed(dataset.data_prefix)}", "data_prefix=dict(img='images/')"
             )
-        return content
+        return content, skipped
 
     def _evaluators(self) -> list[dict]:
         """Returns the evaluators of the validation that read a file in COCO's format."""
@@ -333,15 +333,17 @@ class DatasetCheck:
         evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
         return [evaluator for evaluator in evaluators if 'Coco' in _type_name(evaluator)]
 
-    def _read_images(self, dataset: object, findings: Findings, part: Part, training: bool) -> None:
-        """Reads the images of a data set and their annotations by the loading steps of its pipeline."""
+    def _read_images(self, dataset: object, findings: Findings, part: Part, training: bool, skipped: set) -> None:
+        """Reads images and annotations by the loading steps of the pipeline, but those of the ids ``skipped``."""
         indices = _spread(len(dataset), self.limit or len(dataset))
+        if skipped:
+            indices = [index for index in indices if dataset.get_data_info(index)['img_id'] not in skipped]
         images = ImageChecks(part.source, len(indices), _folder(dataset))
         maps = None
         if hasattr(dataset, 'img_suffix'):
             maps = LabelMapChecks(
                 part.source, len(indices), part.classes, dataset.reduce_zero_label, self._ignore_index(),
-                _folder(dataset),
+                dataset.seg_map_suffix, _folder(dataset),
             )  # fmt: skip
         loaders = [step for step in dataset.pipeline.transforms if type(step).__name__.startswith('Load')]
         if not any('Image' in type(step).__name__ for step in loaders):
@@ -771,9 +773,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     if args.pictures < 0 or (args.images is not None and args.images < 1):
-        parser.error(
-            f'expected --pictures of at least 0 and --images of at least 1, got {args.pictures}, {args.images}'
-        )
+        parser.error(f'expected --pictures from 0 and --images from 1 on, got {args.pictures} and {args.images}')
     if not args.config.is_file():
         parser.error(f'{args.config}: expected a config file, found no such file')
     config = Config.fromfile(args.config)

@@ -26,6 +26,9 @@ OTHER_FORMATS = {
 BOX_TOLERANCE = 2.0
 """Pixels by which a box may reach beyond its image: labelling tools round."""
 
+FAR = 100
+"""Sides of the image: pycocotools draws polygons point by point, however far away they are."""
+
 
 def read_coco(path: Path, findings: Findings) -> dict | None:
     """Reads a file of annotations.
@@ -73,7 +76,7 @@ def check_coco(
     own_classes: bool,
     masks: bool,
     evaluated: bool,
-) -> None:
+) -> set:
     """Checks a file's content, as MMDetection's data set and COCO's evaluation read it.
 
     Args:
@@ -83,14 +86,17 @@ def check_coco(
         own_classes: Whether the config names them; else they are the 80 of COCO.
         masks: Whether masks are read of the file.
         evaluated: Whether COCO's evaluation reads the file, which wants ``iscrowd`` too.
+
+    Returns:
+        Ids of images that must not be loaded: drawing their polygons would take all memory.
     """
     complete = _check_entries(content, findings, evaluated)
     if not _check_ids(content, findings, evaluated) or not complete:
-        return
+        return set()
     if classes is not None:
         _check_names(content, findings, classes, own_classes)
     _check_images(content['images'], findings)
-    _check_annotations(content, findings, masks)
+    return _check_annotations(content, findings, masks)
 
 
 def _check_entries(content: dict, findings: Findings, evaluated: bool) -> bool:
@@ -261,7 +267,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_annotations(content: dict, findings: Findings, masks: bool) -> None:
+def _check_annotations(content: dict, findings: Findings, masks: bool) -> set:
     annotations = content['annotations']
     total = len(annotations)
     sizes = {
@@ -327,6 +333,7 @@ def _check_annotations(content: dict, findings: Findings, masks: bool) -> None:
             'unless it is empty',
             'write the number 0 or 1',
         )
+    return {annotation['image_id'] for annotation in faults['coordinate']}
 
 
 FAULTS = {
@@ -387,7 +394,11 @@ FAULTS = {
         'have polygons of under three points or an odd number of coordinates beside others, which are left out',
         'delete the short polygons, or correct them',
     ),
-    'coordinate': (ERROR, 'have polygons with coordinates that are no finite numbers', 'write x and y in pixels'),
+    'coordinate': (
+        ERROR,
+        'have polygons with coordinates that are no finite numbers or far away: loading them takes all memory',
+        'write x and y in pixels of the image',
+    ),
     'code size': (
         ERROR,
         'have a run-length code of another size than the image',
@@ -440,7 +451,8 @@ def _mask_fault(mask: object, box: object, width: float, height: float) -> str |
     whole = [part for part in mask if len(part) >= 6 and len(part) % 2 == 0]
     if not whole:
         return 'polygon'
-    if not all(_is_number(value) for part in whole for value in part):
+    farthest = FAR * max(width, height)
+    if not all(_is_number(value) and abs(value) < farthest for part in whole for value in part):
         return 'coordinate'
     if len(whole) < len(mask):
         return 'part'

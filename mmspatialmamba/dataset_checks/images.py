@@ -57,13 +57,15 @@ def read_form(content: bytes) -> FileForm:
     Raises:
         ValueError: This is no image that OpenCV or Pillow can read.
     """
+    header, kind, orientation, reason = None, 'unknown', 1, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about large images, which are as good as others
             header = Image.open(io.BytesIO(content))
-            kind, orientation = header.format, header.getexif().get(ORIENTATION, 1)
-    except Exception as error:  # Pillow raises whatever its decoders do
-        header, kind, orientation, reason = None, 'unknown', 1, error
+            kind = header.format
+            orientation = header.getexif().get(ORIENTATION, 1)
+    except Exception as error:  # Pillow raises whatever its decoders do; a PNG file is read to its end for this tag
+        reason = error
     if kind == 'JPEG':
         return FileForm(kind, CHANNELS[header.mode], 8, orientation, _is_complete(content, header), False)
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
@@ -237,6 +239,8 @@ def find_file(path: str, folder: str) -> str:
         return 'write / in place of \\ in the paths'
     if not wanted.parent.is_dir():
         return f'there is no folder {str(wanted.parent)!r}: {nearest_folder(wanted.parent)}'
+    if (wanted.parent / wanted.stem).is_file():
+        return f'there is {wanted.stem!r}: names in ann_file have no ending, which img_suffix adds'
     for name in sorted(os.listdir(wanted.parent)):
         if name.casefold() == wanted.name.casefold() or Path(name).stem == wanted.stem:
             return f'there is {name!r} in this folder: write the name as it is there'

@@ -23,6 +23,7 @@ class LabelMapChecks:
         classes: Its classes, or None if they are wrong in themselves.
         reduce_zero_label: Whether 0 is ignored and every other number is lowered by one.
         ignore_index: The number that is no class, for the loss.
+        suffix: How the names of label maps end, behind that of the image.
         folder: Folder of the data set, for advice about missing files.
     """
 
@@ -33,9 +34,11 @@ class LabelMapChecks:
         classes: Sequence[str] | None,
         reduce_zero_label: bool,
         ignore_index: int,
+        suffix: str,
         folder: str,
     ):
-        self.source, self.total, self.classes, self.folder = source, total, classes, folder
+        self.source, self.total, self.classes = source, total, classes
+        self.suffix, self.folder = suffix, folder
         self.reduce_zero_label, self.ignore_index = reduce_zero_label, ignore_index
         self.pixels = np.zeros(256, np.int64)
         self.images: Counter[int] = Counter()
@@ -113,7 +116,11 @@ class LabelMapChecks:
         reason = self.reasons.get(kind, '')
         lossy = Path(paths[0]).suffix.lower() in ('.jpg', '.jpeg')
         if kind == 'missing':
-            return ERROR, 'images have no label map where one is expected', find_label_map(paths[0], self.folder)
+            return (
+                ERROR,
+                'images have no label map where one is expected',
+                find_label_map(paths[0], self.suffix, self.folder),
+            )
         if kind == 'colours':
             advice = f'write a PNG file of class numbers for each: {PAGE}'
             return ERROR, f'label maps are colour images ({reason} in the first), not class numbers', advice
@@ -289,14 +296,12 @@ def check_folders(dataset: object, findings: Findings) -> None:
         )
 
 
-def find_label_map(path: str, folder: str) -> str:
+def find_label_map(path: str, suffix: str, folder: str) -> str:
     """Returns advice about a label map that does not exist: what the files of its folder are called."""
     wanted = Path(path)
+    stem = wanted.name.removesuffix(suffix)
     if wanted.parent.is_dir():
-        alike = sorted(file.name for file in wanted.parent.iterdir() if file.name.startswith(wanted.stem))
+        alike = sorted(file.name for file in wanted.parent.iterdir() if file.name.startswith(stem))
         if alike:
-            return f'there is {alike[0]!r}: set seg_map_suffix={alike[0][len(wanted.stem) :]!r} in the data set'
-        inner = Path(wanted.stem)
-        if inner.suffix:
-            return f'names in ann_file have no ending: write {inner.stem!r} in place of {inner.name!r}'
+            return f'there is {alike[0]!r}: set seg_map_suffix={alike[0][len(stem) :]!r} in the data set'
     return find_file(path, folder)
