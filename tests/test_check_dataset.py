@@ -752,7 +752,7 @@ def test_page_in_a_browser(detection):
         boxes = page.locator('svg rect').count()
         widths = page.evaluate('[...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width)')
         headings = page.locator('h2').all_inner_texts()
-        names = set(page.locator('svg text').all_inner_texts())
+        names = set(page.locator('svg text').all_text_contents())
         rows = page.locator('table').first.locator('tr').count()
         page.set_viewport_size({'width': 500, 'height': 900})
         narrow = page.evaluate('[...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect().right)')
