@@ -385,6 +385,10 @@ CONFIGS = {
     'small images': (
         "train_dataloader['dataset']['filter_cfg'] = dict(min_size=500)", 'error', 'smaller than 500 pixels',
         'min_size=0'),
+    'four values of mean in the pipeline': (
+        "train_dataloader['dataset']['pipeline'] = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', "
+        "with_bbox=True, with_mask=True), dict(type='Normalize', mean=[9, 9, 9, 9], std=[1, 1, 1, 1]), "
+        "dict(type='PackDetInputs')]", 'error', 'Normalize has 4 values of mean, .* images have 3', 'color_type'),
     'four values of mean': (
         'model = dict(data_preprocessor=dict(mean=[1, 2, 3, 4], std=[1, 1, 1, 1]))', 'error',
         'the model cannot be built', '4ch.py'),
@@ -617,6 +621,8 @@ MASKS = {
         lambda labels: np.array(with_palette(labels).convert('RGB')), 'error', 'label maps are colour images',
         'PNG file of class numbers'),
     'gray as colours': (lambda labels: np.dstack([labels] * 3), 'error', 'whose channels are the same', 'one channel'),
+    'gray with opacity': (
+        lambda labels: Image.fromarray(labels).convert('LA'), 'error', 'whose channels are the same', 'one channel'),
     'with opacity': (
         lambda labels: np.array(with_palette(labels).convert('RGBA')), 'error', 'label maps are colour images', 'PNG'),
     '16 bits': (
@@ -636,6 +642,16 @@ def test_faults_of_label_maps(segmentation, case):
     change, level, text, advice = MASKS[case]
     segmentation.edit(change)
     segmentation.expect(level, text, advice, only=False)
+
+
+def test_palette_files_need_pillow(segmentation):
+    segmentation.edit(with_palette)
+    change = (
+        "\nfor loader in (train_dataloader, val_dataloader):\n    loader['dataset']['pipeline'] = "
+        "[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', imdecode_backend='cv2'), "
+        "dict(type='PackSegInputs')]\ndel loader\n"
+    )
+    segmentation.expect('error', 'label maps are colour images', "imdecode_backend='pillow'", change)
 
 
 def test_binary_masks(segmentation):
@@ -744,7 +760,10 @@ def test_masks_as_jpeg(segmentation):
 
 def test_page_in_a_browser(detection):
     detection.edit(lambda content: content['categories'][0].update(name='circle <b>é</b> 圆'))
-    change = "\ntrain_dataloader['dataset']['metainfo'] = dict(classes=('circle <b>é</b> 圆', 'square', 'triangle'))"
+    change = (
+        "\nfor loader in (train_dataloader, val_dataloader):\n    loader['dataset']['metainfo'] = "
+        "dict(classes=('circle <b>é</b> 圆', 'square', 'triangle'))\ndel loader\n"
+    )
     detection.edit(first(bbox=[100, 5, 60, 20]), ('train',))
     detection.check(change)
     with browser_page(detection.page) as (page, complaints, asked):

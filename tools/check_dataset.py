@@ -293,7 +293,8 @@ class DatasetCheck:
             self.findings += findings
             return
         if content is not None:
-            _check_left_out(content, dataset, findings)
+            if part.classes is not None:
+                _check_left_out(content, dataset, findings)
             part.labels = [entry['name'] for entry in content['categories'] if entry['id'] in dataset.cat_ids]
         if len(dataset) == 0:
             if not findings.has_error:
@@ -349,6 +350,7 @@ class DatasetCheck:
         if not any('Image' in type(step).__name__ for step in loaders):
             findings.add(ERROR, 'the pipeline loads no image', "begin it with dict(type='LoadImageFromFile')")
             return
+        part.facts['images'] = str(len(dataset))
         print(f'{part.source}: reading {len(indices)} of {len(dataset)} images', flush=True)
         usable = []
         for index in track_iter_progress(indices):
@@ -361,7 +363,6 @@ class DatasetCheck:
             part.columns, part.rows = ('class', 'label maps', 'pixels'), maps.table()
         else:
             _count_objects(dataset, findings, part, training)
-        part.facts['images'] = str(len(dataset)) + part.facts.pop('empty', '')
         part.facts['files'] = listed(f'{count} {form}' for form, count in images.forms.most_common())
         part.facts['loaded'] = listed(f'{count} of {form}' for form, count in images.loaded.most_common())
         self._draw(dataset, loaders, usable, findings, part, training)
@@ -424,6 +425,8 @@ class DatasetCheck:
         rest = [index for index in usable if index not in set(shown)]
         shown += [rest[place] for place in _spread(len(rest), self.number_of_pictures - len(shown))]
         names = part.classes or []
+        if not self._check_normalize(dataset, shown, loaders, findings):
+            return
         items = []
         for index in shown:
             info = dataset.get_data_info(index)
@@ -446,6 +449,25 @@ class DatasetCheck:
             part.pictures.append(Picture(caption, (left, right)))
         if items:
             self._check_input(items, findings, part, training)
+
+    def _check_normalize(self, dataset: object, shown: list[int], loaders: list, findings: Findings) -> bool:
+        """Compares an image's channels with the values of a transform that normalizes; returns whether they fit."""
+        for index in shown[:1]:
+            info = dataset.get_data_info(index)
+            for step in loaders:
+                info = step(info)
+            channels = info['img'].shape[2] if info['img'].ndim == 3 else 1
+            for step in dataset.pipeline.transforms:
+                count = np.size(getattr(step, 'mean', None) if getattr(step, 'mean', None) is not None else 0)
+                if count not in (1, channels):
+                    findings.add(
+                        ERROR,
+                        f'{type(step).__name__} has {count} values of mean, the loaded images have {channels} channels',
+                        'give mean and std one value for each channel, or load as many channels (color_type of '
+                        'LoadImageFromFile)',
+                    )
+                    return False
+        return True
 
     def _check_input(self, items: list[dict], findings: Findings, part: Part, training: bool) -> None:
         """Checks what the network gets of some images, after its data preprocessor."""
@@ -625,7 +647,7 @@ def _count_objects(dataset: object, findings: Findings, part: Part, training: bo
         for instance in instances:
             (ignored if instance['ignore_flag'] else objects)[instance['bbox_label']] += 1
         images.update({instance['bbox_label'] for instance in instances})
-    part.facts['empty'] = f', {empty} without an object' if empty else ''
+    part.facts['images'] += f', {empty} without an object' if empty else ''
     part.facts['objects'] = f'{sum(objects.values())}, and {sum(ignored.values())} that are ignored (iscrowd)'
     if part.classes is None:
         return

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .findings import ERROR, NOTE, WARNING, Findings, by_share, listed
 from .images import SIDEWAYS, find_file, nearest_folder
@@ -64,9 +65,12 @@ class LabelMapChecks:
         """
         self.count += 1
         if raw.ndim == 3:
-            gray = bool((raw[..., :3] == raw[..., :1]).all())
+            colours = raw[..., : 1 if raw.shape[2] == 2 else 3]  # without opacity
+            gray = bool((colours == colours[..., :1]).all())
             self.faults['gray colours' if gray else 'colours'].append(path)
-            self.reasons.setdefault('colours', f'{len(np.unique(raw.reshape(-1, raw.shape[2]), axis=0))} colours')
+            if not gray and 'colours' not in self.reasons:
+                values = colours.astype(np.int64) @ (1, 1 << 16, 1 << 32)
+                self.reasons['colours'] = f'{len(np.unique(values))} colours'
             return
         if labels.shape != shape:
             turned = labels.shape == shape[::-1] and orientation in SIDEWAYS
@@ -123,6 +127,10 @@ class LabelMapChecks:
             )
         if kind == 'colours':
             advice = f'write a PNG file of class numbers for each: {PAGE}'
+            if Image.open(paths[0]).mode == 'P':
+                advice = (
+                    "these are palette files: take LoadAnnotations' imdecode_backend='pillow', which reads the numbers"
+                )
             return ERROR, f'label maps are colour images ({reason} in the first), not class numbers', advice
         if kind == 'gray colours':
             return (
