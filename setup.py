@@ -26,6 +26,11 @@ BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
     raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
 
+# Compiling every variant takes three times as long as that of this machine's processor, and serves other machines alone.
+CPU_VARIANTS = os.environ.get('MMSPATIALMAMBA_CPU_VARIANTS', 'native')
+if CPU_VARIANTS not in ('native', 'all'):
+    raise ValueError(f"MMSPATIALMAMBA_CPU_VARIANTS: expected 'native' or 'all', got {CPU_VARIANTS!r}")
+
 # One library for each width of vector registers; ops/backends.py loads the widest that the CPU has.
 VECTOR_FLAGS = {'default': []}
 if platform.machine() in ('x86_64', 'AMD64'):
@@ -38,6 +43,7 @@ def build_ops() -> dict:
     if BUILD_OPS == '0':
         return skipped('MMSPATIALMAMBA_BUILD_OPS=0')
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         return skipped(f'{error} (pip needs --no-build-isolation to see the installed PyTorch)', error)
@@ -66,7 +72,9 @@ def build_ops() -> dict:
             extra_link_args=['-fopenmp'],
         )
 
-    return {'ext_modules': [extension(variant) for variant in VECTOR_FLAGS], 'cmdclass': {'build_ext': BuildOps}}
+    native = torch.backends.cpu.get_cpu_capability().lower()
+    variants = list(VECTOR_FLAGS) if CPU_VARIANTS == 'all' else [native if native in VECTOR_FLAGS else 'default']
+    return {'ext_modules': [extension(variant) for variant in variants], 'cmdclass': {'build_ext': BuildOps}}
 
 
 def skipped(reason: str, error: Exception | None = None) -> dict:
