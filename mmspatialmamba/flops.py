@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from mmengine.analysis import complexity_analysis
 
 from .ops.flops import MULTIPLY_ADDS
@@ -24,8 +25,7 @@ def _handle(count: Callable) -> Callable[[list, list], Counter]:
 
 def _shape(value) -> tuple[int, ...]:
     """Returns the shape of a traced tensor; of anything else, ()."""
-    sizes = getattr(value.type(), 'sizes', None)
-    return tuple(sizes() or ()) if sizes else ()
+    return tuple(value.type().sizes() or ()) if isinstance(value.type(), torch.TensorType) else ()
 
 
 HANDLES = {f'mmspatialmamba::{name}': _handle(count) for name, count in MULTIPLY_ADDS.items()}
