@@ -15,11 +15,18 @@ BIN := $(abspath $(VENV))/bin
 QUICKSTART := work_dirs/quickstart
 QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
 
+# make, and the compilation of mmcv, take a path with blanks for several paths.
+ifneq ($(words $(CURDIR)),1)
+$(error the path of this folder has blanks, which make cannot handle: move the checkout, now in "$(CURDIR)")
+endif
+
 .PHONY: env quickstart test test-end-to-end test-all docs lint
 
 env: $(VENV)/.complete
 
 $(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/*/*.cpp ops/*/*.h)
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 13) or \
+		sys.exit('mmcv 2.1.0 builds on Python 3.10 to 3.12, found %d.%d: make $(MAKECMDGOALS) PYTHON=python3.12' % v)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements/build.txt
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"

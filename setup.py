@@ -16,8 +16,11 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
-PACKAGES = ('checkpoint_names', 'models', 'ops')
-OP_PACKAGES = [f'mmspatialmamba.ops.{path.parent.name}' for path in sorted((ROOT / 'ops').glob('*/__init__.py'))]
+PACKAGES = [
+    '.'.join((*parent, *path.parent.relative_to(ROOT).parts))
+    for folder, parent in (('mmspatialmamba', ()), ('ops', ('mmspatialmamba',)))
+    for path in sorted((ROOT / folder).rglob('__init__.py'))
+]
 
 BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
@@ -82,7 +85,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    packages=['mmspatialmamba', *(f'mmspatialmamba.{name}' for name in PACKAGES), *OP_PACKAGES],
+    packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
     # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
     package_data={

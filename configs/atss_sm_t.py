@@ -5,7 +5,12 @@ custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        _delete_=True, type='SpatialMamba', arch='tiny', out_indices=(1, 2, 3), drop_path_rate=0.2, pretrained=None
+        _delete_=True,
+        type='mmspatialmamba.SpatialMamba',
+        arch='tiny',
+        out_indices=(1, 2, 3),
+        drop_path_rate=0.2,
+        pretrained=None,
     ),
     # The neck's R50 begins at the second of four maps: here the first is not computed at all.
     neck=dict(in_channels=[128, 256, 512], start_level=0),

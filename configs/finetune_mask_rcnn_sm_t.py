@@ -24,5 +24,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# One GPU with 2 images a step, where the published recipe has 16: an eighth of its learning rate.
+# One GPU with 2 images per step, where the published recipe has 16: an eighth of its learning rate. --auto-scale-lr
+# starts from these 2 images.
 optim_wrapper = dict(optimizer=dict(lr=1e-4 / 8))
+auto_scale_lr = dict(base_batch_size=2)
+
+# Stops before the first step where a head has another number of classes than the data set.
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

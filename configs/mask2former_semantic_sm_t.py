@@ -5,6 +5,6 @@ _base_ = __import__('mmseg').__path__[0] + '/.mim/configs/mask2former/mask2forme
 custom_imports = dict(imports=['mmspatialmamba', 'mmdet.models'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type='SpatialMamba', arch='tiny', drop_path_rate=0.2, pretrained=None),
+    backbone=dict(_delete_=True, type='mmspatialmamba.SpatialMamba', arch='tiny', drop_path_rate=0.2, pretrained=None),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
 )

@@ -58,6 +58,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5.0))
+auto_scale_lr = dict(base_batch_size=8)
 train_cfg = dict(max_epochs=10, val_interval=5)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),
@@ -72,3 +73,5 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=2))
+
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

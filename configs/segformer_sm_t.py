@@ -7,7 +7,7 @@ _base_ = [
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(_delete_=True, type='SpatialMamba', arch='tiny', drop_path_rate=0.2, pretrained=None),
+    backbone=dict(_delete_=True, type='mmspatialmamba.SpatialMamba', arch='tiny', drop_path_rate=0.2, pretrained=None),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
 )
 optim_wrapper = dict(

@@ -47,6 +47,7 @@ val_evaluator = dict(ann_file=data_root + 'val.json')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
+auto_scale_lr = dict(base_batch_size=2)  # images per step that this rate is for
 train_cfg = dict(max_epochs=epochs, val_interval=5)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),  # steps

@@ -6,6 +6,7 @@ maps for a neck or head to use is refused, by name.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import log2
@@ -14,7 +15,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
+from .config_types import type_name
 from .models import Backbone
+from .normalization import normalize_as_pretrained
 from .registry import MODELS as OWN_MODELS
 
 REFUSED = {
@@ -32,6 +35,9 @@ REFUSED = {
     'RFP': 'this neck feeds its maps back into a second backbone of its own kind',
     'LRASPPHead': 'its pooling of 49x49 pixels needs a deep map at stride 8',
     'DPTHead': 'it needs the class token and the patches of a vision transformer',
+    'SparseConvNeXt': 'it is pre-trained on the patches that a mask leaves of an image',
+    'SparseResNet': 'it is pre-trained on the patches that a mask leaves of an image',
+    'LeNet5': 'it is made for gray digits of 32x32 pixels, which have one position at stride 32',
 }
 """Backbones, necks and heads that cannot do with another backbone, and why."""
 
@@ -41,8 +47,28 @@ PYRAMID_NECKS = ('Feature2Pyramid', 'MultiLevelNeck')
 ALL_MAPS = ('BiSeNetV1', 'NASFCOS_FPN')
 """Context paths and necks that want every map by its place and use some of them only."""
 
-LAYER_DECAY = ('LayerDecayOptimizerConstructor', 'LearningRateDecayOptimizerConstructor')
-"""Optimizer constructors of the toolboxes that accept no backbone but a few of their own."""
+LAYER_DECAY = (
+    'LayerDecayOptimizerConstructor',
+    'LearningRateDecayOptimizerConstructor',
+    'LearningRateDecayOptimWrapperConstructor',
+    'LayerDecayOptimWrapperConstructor',
+)
+"""Optimizer constructors of the toolboxes that know the layers of a few backbones, or take a rate for their number.
+
+The last is mmpose's, and this package's own, which has no ``num_layers``.
+"""
+
+TOKEN_HEADS = ('ConformerHead', 'DeiTClsHead')
+"""Heads of classifiers that take two vectors of an image."""
+
+MAP_HEADS = ('CSRAClsHead',)
+"""Heads of classifiers that pool a map themselves."""
+
+BARE_HEADS = {'ClsHead': 'LinearClsHead', 'MultiLabelClsHead': 'MultiLabelLinearClsHead'}
+"""Heads without a layer, since the backbone ends in logits, and those that have one."""
+
+PRETRAINED = ('Pretrained', 'PretrainedInit')
+"""Name in the registry, and of the class, of the initializer that loads a checkpoint."""
 
 PROBE_SIZE = 128
 """Height and width of the image that a backbone is measured with: at least two pixels at stride 64."""
@@ -72,13 +98,18 @@ def swap_backbone(
       that its shared head keeps its shape and its weights.
     - Where object-contextual representations (OCR) took two maps of one stride, both heads take both of ours, resized.
     - The backbone inside the context path of BiSeNetV1 and STDC is swapped, the path stays.
-    - Of a tracker or a semi-supervised detector, the detector's backbone is swapped.
+    - Of a tracker or a semi-supervised detector, the detector's backbone is swapped. A teacher that averages the
+      student's weights averages BatchNorm's statistics too, which the former backbone did not need
+      (``MeanTeacherHook``).
+    - A classifier gets the last stage's map, pooled. Heads that take the tokens of a vision transformer
+      (`TOKEN_HEADS`), or the logits of the backbone (`BARE_HEADS`), become linear ones.
     - What would load weights of the whole former model is removed: ``load_from``, and ``init_cfg`` of type Pretrained
       on the model. Layer-wise learning-rate decay (`LAYER_DECAY`) goes to this package's constructor, with a rate at
       which the stem learns as fast as the former stem.
+    - With ``pretrained``, images are normalized as ImageNet weights expect it, and the log says what changed.
 
-    Everything else stays, the optimizer and the normalization of images among it. Further arguments of the backbone
-    can be set in the result: ``swapped.model.backbone.with_cp = True``.
+    Everything else stays, the optimizer among it, and without ``pretrained`` the normalization of images. Further
+    arguments of the backbone can be set in the result: ``swapped.model.backbone.with_cp = True``.
 
     Args:
         cfg: Config of a toolbox, as ``Config.fromfile`` returns it. It is not changed.
@@ -106,21 +137,37 @@ def swap_backbone(
     part = _part_with_backbone(cfg)
     _refuse_by_name(part)
 
+    arguments = {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained}
     with torch.random.fork_rng(devices=()), DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        arguments = {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained}
-        _swap(part, new, ConfigDict(type=f'mmspatialmamba.{backbone}', **arguments))
+        _swap_layer_decay(cfg.get('optim_wrapper') or {}, part.backbone, blocks=sum(new.depths))
+        swapped = ConfigDict(type=f'mmspatialmamba.{backbone}', **arguments)
+        if type_name(part).endswith('Classifier') and 'in_channels' not in _first_neck(part):
+            _swap_in_classifier(part, new, swapped)
+        else:
+            _swap(part, new, swapped)
 
-    if _type(part.backbone) in ALL_MAPS or _type(_first_neck(part)) in ALL_MAPS:
+    if type_name(part.backbone) in ALL_MAPS or type_name(_first_neck(part)) in ALL_MAPS:
         cfg.find_unused_parameters = True
     for owner in {id(owner): owner for owner in (cfg.model, part)}.values():
         if 'pretrained' in owner:  # of the backbone; segmentors refuse it beside the backbone's own
             owner.pretrained = None
-        if (owner.get('init_cfg') or {}).get('type') == 'Pretrained':
-            owner.init_cfg = None
+        if owner.get('init_cfg'):
+            owner.init_cfg = _without_pretrained(owner.init_cfg)
     if cfg.get('load_from'):
         cfg.load_from = None
-    _swap_layer_decay(cfg.get('optim_wrapper') or {}, blocks=sum(new.depths))
+    for hook in cfg.get('custom_hooks') or ():
+        if type_name(hook) == 'MeanTeacherHook':
+            hook.skip_buffer = False
+    if pretrained:
+        normalize_as_pretrained(cfg, part.backbone.get('backbone_cfg', part.backbone).get('in_channels', 3))
     return cfg
+
+
+def _without_pretrained(init_cfg: ConfigDict | list[ConfigDict]) -> ConfigDict | list[ConfigDict] | None:
+    """Returns what of an ``init_cfg`` sets no weights of the former model."""
+    if isinstance(init_cfg, Sequence):
+        return [rule for rule in init_cfg if type_name(rule) not in PRETRAINED]
+    return None if type_name(init_cfg) in PRETRAINED else init_cfg
 
 
 def _part_with_backbone(cfg: Config) -> ConfigDict:
@@ -129,7 +176,7 @@ def _part_with_backbone(cfg: Config) -> ConfigDict:
     part = model if 'backbone' in model else model.get('detector') or {}
     if not isinstance(part.get('backbone'), dict) or 'type' not in part.backbone:
         raise ValueError(
-            f'swap_backbone: expected a model with a backbone, found {_type(model) or "none"} with the keys '
+            f'swap_backbone: expected a model with a backbone, found {type_name(model) or "none"} with the keys '
             f'{", ".join(model) or "none"}'
         )
     return part
@@ -142,8 +189,10 @@ def _refuse_by_name(part: ConfigDict) -> None:
         *(('neck', neck) for neck in (neck if isinstance(neck, Sequence) else [neck])),
         *_heads(part),
     ]:
-        if _type(used) in REFUSED:
-            raise ValueError(f'swap_backbone: {key} {_type(used)} cannot be swapped or kept: {REFUSED[_type(used)]}')
+        if type_name(used) in REFUSED:
+            raise ValueError(
+                f'swap_backbone: {key} {type_name(used)} cannot be swapped or kept: {REFUSED[type_name(used)]}'
+            )
 
 
 def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
@@ -152,15 +201,14 @@ def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
     former_cfg = path.backbone_cfg if path else part.backbone
     maps = _run(former_cfg, _image(former_cfg), 'backbone')
     former, strides = _channels(maps), _strides(maps)
-    stages = _stages(strides, backbone.STRIDES, _type(former_cfg))
+    stages = _stages(strides, backbone.STRIDES, type_name(former_cfg))
     segmentor = 'decode_head' in part
     if not segmentor and any(backbone.STRIDES[i] != stride for i, stride in zip(stages, strides, strict=True)):
         raise ValueError(
-            f'swap_backbone: {_type(former_cfg)} has maps at strides {strides}, {type(backbone).__name__} at '
-            f'{backbone.STRIDES}; '
-            f'anchors and points of {_type(part)} depend on them'
+            f'swap_backbone: {type_name(former_cfg)} has maps at strides {strides}, {type(backbone).__name__} at '
+            f'{backbone.STRIDES}; anchors and points of {type_name(part)} depend on them'
         )
-    if len(strides) > 1 == len(set(strides)) and _type(part.get('neck')) in PYRAMID_NECKS:
+    if len(strides) > 1 == len(set(strides)) and type_name(part.get('neck')) in PYRAMID_NECKS:
         part.neck = None
 
     used = list(range(len(former))) if path else _used_maps(part, former)
@@ -191,6 +239,31 @@ def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
         _fit_detection_heads(part, former, ours)
 
 
+def _swap_in_classifier(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
+    """Swaps the backbone of a classifier for ``swapped``; the head takes the pooled map of the last stage."""
+    former, head = part.backbone, part.get('head') or ConfigDict()
+    last = len(backbone.channels) - 1
+    part.backbone = ConfigDict(swapped, out_indices=(last,))
+    if former.get('in_channels', 3) != 3:
+        part.backbone.in_channels = former.in_channels
+    name = type_name(head)
+    if name in BARE_HEADS:
+        if former.get('num_classes', 0) < 1:
+            raise ValueError(f'swap_backbone: head {name} has no layer, and the backbone states no num_classes')
+        head.update(type=f'mmpretrain.{BARE_HEADS[name]}', num_classes=former.num_classes, in_channels=0)
+    elif name in TOKEN_HEADS:
+        kept = {key: head[key] for key in ('num_classes', 'loss', 'topk', 'cal_acc', 'train_cfg') if key in head}
+        head = part.head = ConfigDict(type='mmpretrain.LinearClsHead', in_channels=0, **kept)
+    if 'in_channels' not in head:
+        raise ValueError(f'swap_backbone: {type_name(part)} has no neck or head that states in_channels')
+    head.in_channels = backbone.channels[last]
+    pools_tokens = _first_neck(part).get('dim', 2) != 2
+    if name in MAP_HEADS:
+        part.neck = None
+    elif not part.get('neck') or pools_tokens:
+        part.neck = ConfigDict(type='mmpretrain.GlobalAveragePooling')
+
+
 def _stages(strides: list[int], available: Sequence[int], name: str) -> tuple[int, ...]:
     """Returns a stage for each map: in order, each once, with strides as near as possible."""
     if strides != sorted(strides) or len(strides) > len(available):
@@ -208,22 +281,24 @@ def _stages(strides: list[int], available: Sequence[int], name: str) -> tuple[in
 def _fit_context_path(path: ConfigDict, ours: list[int]) -> None:
     """Sets the channels inside the context path of STDC or BiSeNetV1, whose last two maps have strides 16 and 32."""
     *_, eighth, sixteenth, last = ours
-    if _type(path) == 'STDCContextPathNet':
+    if type_name(path) == 'STDCContextPathNet':
         path.last_in_channels = (last, sixteenth)
         path.ffm_cfg.in_channels = eighth + path.get('out_channels', 128)
-    elif _type(path) == 'BiSeNetV1':
+    elif type_name(path) == 'BiSeNetV1':
         path.context_channels = (eighth, sixteenth, last)
         # The fusion takes both paths together and has as many channels as the context has at stride 16.
         path.spatial_channels = (*path.get('spatial_channels', (64, 64, 64, 128))[:-1], sixteenth - eighth)
     else:
-        raise ValueError(f'swap_backbone: backbone {_type(path)} has a backbone_cfg of its own, with an unknown use')
+        raise ValueError(
+            f'swap_backbone: backbone {type_name(path)} has a backbone_cfg of its own, with an unknown use'
+        )
 
 
 def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
     """Returns which maps neck or heads use: without the norms of others, no parameter stays without a gradient."""
     every = list(range(len(former)))
     neck = _first_neck(part)
-    if _type(neck) in ALL_MAPS:
+    if type_name(neck) in ALL_MAPS:
         return every
     if 'in_channels' in neck:
         return every[-1:] if isinstance(neck.in_channels, int) else every[neck.get('start_level', 0) :]
@@ -248,7 +323,7 @@ def _fit_neck(
     strides: list[int],
 ) -> None:
     """Tells the neck our channels, and that it gets no map below its ``start_level``."""
-    if _type(neck) == 'MLANeck':  # adds maps of one stride
+    if type_name(neck) == 'MLANeck':  # adds maps of one stride
         resize = ConfigDict(
             type='mmseg.MultiLevelNeck',
             in_channels=ours,
@@ -264,7 +339,7 @@ def _fit_neck(
         neck.start_level -= dropped
         if neck.get('end_level', -1) > 0:
             neck.end_level -= dropped
-    if _type(neck) == 'SSDNeck':  # hands its input on, and adds maps
+    if type_name(neck) == 'SSDNeck':  # hands its input on, and adds maps
         neck.out_channels = (*ours, *neck.out_channels[len(ours) :])
         part.bbox_head.in_channels = neck.out_channels
 
@@ -302,7 +377,7 @@ def _fit_segmentation_heads(
                 head.strides = [strides[i] for i in index]
         else:
             raise ValueError(
-                f'swap_backbone: {key} {_type(head)} with in_channels {stated} and in_index {index} is unknown; '
+                f'swap_backbone: {key} {type_name(head)} with in_channels {stated} and in_index {index} is unknown; '
                 'expected both to be numbers or both to be sequences'
             )
         if head.get('num_convs') == 0 and head.get('channels') == stated:  # FCNHead: a classifier on the map itself
@@ -310,7 +385,7 @@ def _fit_segmentation_heads(
         if head.get('c1_in_channels'):  # of DeepLabV3+: the first map, whatever in_index is
             head.c1_in_channels = channels[0]
 
-    if used and any(_type(head) == 'OCRHead' for _, head in heads):
+    if used and any(type_name(head) == 'OCRHead' for _, head in heads):
         _resize_for_ocr(part.decode_head, channels, [former_strides[i] for i in used])
 
 
@@ -336,7 +411,7 @@ def _fit_detection_heads(part: ConfigDict, former: list[int], ours: list[int]) -
         return
     heads = [(key, head) for key, head in _heads(part) if 'in_channels' in head]
     if not heads:
-        raise ValueError(f'swap_backbone: {_type(part)} has no neck or head that states in_channels')
+        raise ValueError(f'swap_backbone: {type_name(part)} has no neck or head that states in_channels')
     for key, head in heads:
         _set_channels(head, key, former, ours)
 
@@ -352,8 +427,8 @@ def _set_channels(user: ConfigDict, key: str, former: list[int], ours: list[int]
         user.in_channels = type(stated)(ours[::-1])
     else:
         raise ValueError(
-            f'swap_backbone: {key} {_type(user)} states in_channels {stated}; expected the channels of the backbone, '
-            f'{former}'
+            f'swap_backbone: {key} {type_name(user)} states in_channels {stated}; expected the channels of the '
+            f'backbone, {former}'
         )
 
 
@@ -372,26 +447,26 @@ def _heads(part: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
                     yield key, head.get('kernel_generate_head', head)
 
 
-def _swap_layer_decay(optim_wrapper: dict, blocks: int) -> None:
-    if optim_wrapper.get('constructor') not in LAYER_DECAY:
+def _swap_layer_decay(optim_wrapper: dict, former: ConfigDict, blocks: int) -> None:
+    """Gives layer decay to this package's constructor, with a rate that fits our number of blocks."""
+    rules = optim_wrapper.get('paramwise_cfg') or {}
+    is_ours = 'decay_rate' in rules and 'num_layers' not in rules
+    if type_name(optim_wrapper, 'constructor') not in LAYER_DECAY or is_ours:
         return
-    rules = optim_wrapper.paramwise_cfg
     rate = rules.get('decay_rate', rules.get('layer_decay_rate'))
+    if 'num_layers' in rules:
+        layers = rules.num_layers + 2
+    else:  # mmpretrain asks the model
+        _, layers = _build(former, 'backbone').get_layer_depth('head', 'backbone.')
     optim_wrapper.constructor = 'mmspatialmamba.LayerDecayOptimWrapperConstructor'
     optim_wrapper.paramwise_cfg = ConfigDict(
-        decay_rate=rate ** ((rules.num_layers + 1) / (blocks + 1)),
+        decay_rate=rate ** ((layers - 1) / (blocks + 1)),
         # The former constructors exempt all of these from weight decay.
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
         flat_decay_mult=0.0,
         custom_keys={'A_log': {'decay_mult': 0.0}},
     )
-
-
-def _type(cfg: dict | Sequence) -> str:
-    """Returns the name of a config's type, without its scope, or an empty text."""
-    name = cfg.get('type', '') if isinstance(cfg, dict) else ''
-    return name.rpartition('.')[-1] if isinstance(name, str) else name.__name__
 
 
 def _image(backbone: ConfigDict) -> torch.Tensor:
@@ -410,7 +485,25 @@ def _channels(maps: Sequence[torch.Tensor]) -> list[int]:
 @torch.no_grad()
 def _run(cfg: ConfigDict | list[ConfigDict], x: torch.Tensor | Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
     """Builds a backbone or neck without its weights and returns its maps."""
-    name = ' and '.join(map(_type, cfg)) if isinstance(cfg, list) else _type(cfg)
+    name = _names(cfg)
+    module = _build(cfg, key)
+    module.eval()  # of the toolboxes' backbones, returns None
+    if {'mask', 'importance'} & set(inspect.signature(module.forward).parameters):
+        raise ValueError(
+            f'swap_backbone: the {key} {name} is pre-trained on the patches that a mask leaves of an image'
+        )
+    try:
+        maps = module(x)
+    except Exception as error:
+        raise _not_measured(key, name, error) from error
+    if not isinstance(maps, Sequence) or not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in maps):
+        raise ValueError(f'swap_backbone: the {key} {name} does not return maps (N, C, H, W)')
+    return list(maps)
+
+
+def _build(cfg: ConfigDict | list[ConfigDict], key: str) -> torch.nn.Module:
+    """Builds a backbone or neck without its weights, for images of the probe's size."""
+    name = _names(cfg)
     cfg = copy.deepcopy(cfg)
     for part in cfg if isinstance(cfg, list) else [cfg]:
         for weights in ('init_cfg', 'pretrained'):
@@ -419,13 +512,14 @@ def _run(cfg: ConfigDict | list[ConfigDict], x: torch.Tensor | Sequence[torch.Te
         if 'img_size' in part:  # some vision transformers take no other
             part.img_size = PROBE_SIZE
     try:
-        module = MODELS.build(cfg)
-        module.eval()  # of the toolboxes' backbones, returns None
-        maps = module(x)
+        return MODELS.build(cfg)
     except Exception as error:
-        raise ValueError(
-            f'swap_backbone: cannot measure the maps of the {key} {name}: {type(error).__name__}: {error}'
-        ) from error
-    if not isinstance(maps, Sequence) or not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in maps):
-        raise ValueError(f'swap_backbone: the {key} {name} does not return maps (N, C, H, W)')
-    return list(maps)
+        raise _not_measured(key, name, error) from error
+
+
+def _names(cfg: ConfigDict | list[ConfigDict]) -> str:
+    return ' and '.join(map(type_name, cfg)) if isinstance(cfg, list) else type_name(cfg)
+
+
+def _not_measured(key: str, name: str, error: Exception) -> ValueError:
+    return ValueError(f'swap_backbone: cannot measure the maps of the {key} {name}: {type(error).__name__}: {error}')

@@ -25,7 +25,8 @@ def _handle(count: Callable) -> Callable[[list, list], Counter]:
 
 def _shape(value) -> tuple[int, ...]:
     """Returns the shape of a traced tensor; of anything else, ()."""
-    return tuple(value.type().sizes() or ()) if isinstance(value.type(), torch.TensorType) else ()
+    kind = value.type()
+    return tuple(kind.sizes() or ()) if isinstance(kind, torch._C.TensorType) else ()
 
 
 HANDLES = {f'mmspatialmamba::{name}': _handle(count) for name, count in MULTIPLY_ADDS.items()}

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import get_weights, load_from_local
 from .models import Backbone
-from .models.ssm import StructureAwareSSM
 from .ops import scan_states, state_fusion
 
 PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
@@ -285,13 +284,6 @@ def record_ssm(
         if tuple(block) not in turns:
             depths = ', '.join(str(len(stage.blocks)) for stage in backbone.stages)
             raise ValueError(f'expected a stage and a block among {depths} blocks of the stages, found {block}')
-    layers = [module for module in backbone.modules() if isinstance(module, StructureAwareSSM)]
-    # Where a layer has a hook, `is_fusable` puts no op in the place of the recorded one and those around it.
-    handles = [layer.in_proj.register_forward_hook(lambda *_: None) for layer in layers]
-    try:
-        with _Recorder(backbone.CORE_OP, {turns[tuple(block)] for block in blocks}) as recorder:
-            backbone(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _Recorder(backbone.CORE_OP, {turns[tuple(block)] for block in blocks}) as recorder:
+        backbone(inputs)
     return {tuple(block): recorder.records[turns[tuple(block)]] for block in blocks}

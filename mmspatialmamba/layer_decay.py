@@ -24,7 +24,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
         optim_wrapper = dict(
             type='OptimWrapper',
-            constructor='LayerDecayOptimWrapperConstructor',
+            constructor='mmspatialmamba.LayerDecayOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
             paramwise_cfg=dict(decay_rate=0.9, norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
         )

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from .backends import backends
+
 NAMESPACE = 'mmspatialmamba'
 LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
 
@@ -23,8 +25,8 @@ An exported program stores name and overload of each op. These stay defined, onl
 gets an overload of its own, such as ``selective_scan.orders``, so that an old program never runs it.
 """
 
-SLOW_REFERENCE_TOKENS = 16384
-"""Number of tokens a sequence from which the reference warns that it is slow."""
+REFERENCES: dict[str, Callable] = {}
+"""For each op the kernel of last resort."""
 
 _warned_devices: set[str] = set()
 
@@ -45,21 +47,21 @@ def _is_autocast_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
+def define(schema: str, reference: Callable, fake: Callable) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
+
+    The first op that the reference computes because a compiled implementation is missing says so.
 
     Args:
         schema: The op's schema, without namespace. Its first argument is a channels-last map or sequence.
         reference: Computes the op with plain PyTorch, below autograd.
         fake: Computes the outputs' shapes and dtypes only.
-        slow: Whether the reference is so slow on long sequences that it warns.
     """
     name = schema.partition('(')[0]
 
     def kernel(*args):
-        if slow:
-            _warn_if_slow(name, args[0])
         device = args[0].device.type
+        _warn_if_slow(name, device)
         if not _is_autocast_on(device):
             return reference(*args)
         # The arguments have the dtypes to compute in, also where backward runs inside of an autocast context.
@@ -67,6 +69,7 @@ def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) 
             return reference(*args)
 
     LIBRARY.define(schema)
+    REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=LIBRARY)
 
@@ -101,14 +104,10 @@ def refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f'{NAMESPACE}::{name}', backward, lib=LIBRARY)
 
 
-def _warn_if_slow(name: str, tensor: torch.Tensor) -> None:
-    tokens = tensor.shape[1:-1].numel()
-    device = tensor.device.type
-    if tokens < SLOW_REFERENCE_TOKENS or device in _warned_devices:
+def _warn_if_slow(name: str, device: str) -> None:
+    backend = backends().get(device)
+    if device in _warned_devices or (backend and backend.implementation != 'reference'):
         return
     _warned_devices.add(device)
-    warnings.warn(
-        f'{NAMESPACE}::{name}: the plain PyTorch reference serves a sequence of {tokens} tokens on {device}, which is '
-        'slow. mmspatialmamba.ops.backends() says which compiled implementation is missing and why.',
-        stacklevel=2,
-    )
+    reason = backend.reason if backend else 'there is no compiled implementation for it'
+    warnings.warn(f'{NAMESPACE}::{name}: plain PyTorch computes the ops on {device}, slowly: {reason}', stacklevel=2)

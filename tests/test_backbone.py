@@ -63,13 +63,6 @@ class Block(nn.Module):
         return self.ssm(x)
 
 
-class Stage(nn.Module):
-    def __init__(self, channels, depth, ratio, downsample):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(channels, ratio) for _ in range(depth))
-        self.downsample = Pixels(channels, 2 * channels, 2, last=False) if downsample else None
-
-
 class Second(Backbone):
     """A backbone with an architecture key of its own."""
 
@@ -80,8 +73,11 @@ class Second(Backbone):
     def make_stem(self, in_channels, channels):
         return Pixels(in_channels, channels, 4, last=True)
 
-    def make_stage(self, channels, drop_path_rates, downsample):
-        return Stage(channels, len(drop_path_rates), self.arch['ratio'], downsample)
+    def make_block(self, channels, drop_path_rate):
+        return Block(channels, self.arch['ratio'])
+
+    def make_downsample(self, channels):
+        return Pixels(channels, 2 * channels, 2, last=False)
 
     def reset_parameters(self):
         nn.init.zeros_(self.stem.conv.bias)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmspatialmamba.ops import depthwise_conv, gated_norm, scan_states, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops.depthwise_conv import split_gradient
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
@@ -139,8 +140,12 @@ def test_depthwise_conv(batch, height, width, channels, dtype, layout, device, s
     def bind(function):
         return lambda *tensors: function(*tensors, **named)
 
+    def backward(*tensors):
+        dx, dparameters = depthwise_conv_backward_reference(*tensors, **named)
+        return dx, *split_gradient(dparameters)
+
     check(
-        bind(depthwise_conv), bind(depthwise_conv_reference), bind(depthwise_conv_backward_reference),
+        bind(depthwise_conv), bind(depthwise_conv_reference), backward,
         conv_arguments((height, width), channels, dtype, batch, seed), 1, (layout,), device, seed,
     )  # fmt: skip
 
@@ -157,7 +162,8 @@ def test_gated_norm(batch, height, width, channels, dtype, layouts, device, seed
         return lambda *tensors: function(*tensors, eps)
 
     def backward(*tensors):
-        return gated_norm_backward_reference(*tensors, eps)[:-1]
+        dy, dz, dparameters, _ = gated_norm_backward_reference(*tensors, eps)
+        return dy, dz, *dparameters
 
     check(
         bind(gated_norm), bind(gated_norm_reference), backward,

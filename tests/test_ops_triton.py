@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import GRIDS, SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import GRIDS, SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
 # Ten times the largest relative error of any output in the interpreter, against the reference in float64. The
 # measurement beside: of the outputs in the dtype of u, then of the gradients in float32 (A, D, taps, dt, norm).
 TOLERANCES = {
+    ('depthwise_conv', 'float32'): (2.5e-6, 3.5e-6),  # 2.5e-7, 3.5e-7
+    ('depthwise_conv', 'bfloat16'): (9e-2, 2.2e-6),  # 9.4e-3, 2.2e-7: the gradient between two passes is rounded
+    ('depthwise_conv', 'float16'): (5e-3, 1.9e-6),  # 4.8e-4, 1.9e-7
     ('gated_norm', 'float32'): (4e-6, 2e-6),  # 3.9e-7, 1.8e-7
     ('gated_norm', 'bfloat16'): (4e-2, 1.4e-6),  # 4.7e-3, 1.4e-7
     ('gated_norm', 'float16'): (3e-3, 1.8e-6),  # 2.9e-4, 1.8e-7
@@ -32,9 +35,17 @@ TOLERANCES = {
     ('structure_aware_ssm', 'bfloat16'): (7e-2, 3e-6),  # 7.5e-3, 3.2e-7
     ('structure_aware_ssm', 'float16'): (4e-3, 3e-6),  # 4.3e-4, 2.8e-7
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dweight', 'dbias'}
+PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters'}
 
 CHECKS = {
+    'conv': (
+        'conv: two runs, same bits',
+        'conv: a slice of a wider map is no copy',
+        'conv: NaN where the reference has it',
+        'conv: a padding that wraps around is seen',
+        'conv: a dropped bias is seen',
+        'conv: offsets beyond 2^31',
+    ),
     'norm': (
         'norm: two runs, same bits',
         'norm: no output unless asked for',
@@ -63,7 +74,10 @@ CHECKS = {
     ),
 }
 
-GROUPS = {'gated_norm': 'norm', 'scan_states': 'scan', 'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm'}
+GROUPS = {
+    'depthwise_conv': 'conv', 'gated_norm': 'norm', 'scan_states': 'scan', 'state_fusion': 'fusion',
+    'structure_aware_ssm': 'ssm',
+}  # fmt: skip
 """Group whose cases run an op."""
 
 MAX_SPILLED = {'scan_kernel': 32, 'scan_backward_kernel': 32, 'adjoint_border_kernel': 32}
@@ -146,7 +160,7 @@ def test_compiles_without_spills(groups, group):
             f'{row["kernel"]:22} {row["dtype"]:5} {rank!s:>4} {row["warps"]:5} {row["registers"]:9}'
             f' {row["spilled"]:7} {row["shared"]:6}'
         )
-    assert len({row['kernel'] for row in rows}) == 10
+    assert len({row['kernel'] for row in rows}) == 13
     for row in rows:
         assert row['spilled'] <= MAX_SPILLED.get(row['kernel'], 0), row
         # 227 KiB of shared memory a block on Hopper, 163 on Ampere's A100
@@ -174,12 +188,13 @@ def check_on_gpu(op, arguments, dtype):
 
     function = getattr(torch.ops.mmspatialmamba, op)
     backward = getattr(torch.ops.mmspatialmamba, f'{op}_backward')
-    gradient = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in (gradient, *arguments)]
-    outputs = (function(*there[1:]), *backward(*there))
-    again = (function(*there[1:]), *backward(*there))
-    here = [x.double() if isinstance(x, torch.Tensor) else x for x in (gradient, *arguments)]
-    wanted = (IMPLEMENTATIONS[op][1](*here[1:]), *IMPLEMENTATIONS[f'{op}_backward'][1](*here))
+    here = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+    expected = IMPLEMENTATIONS[op][1](*here)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    outputs = (function(*there), *backward(gradient.cuda(), *there))
+    again = (function(*there), *backward(gradient.cuda(), *there))
+    wanted = (expected, *IMPLEMENTATIONS[f'{op}_backward'][1](gradient.double(), *here))
     for first, second, expected in zip(outputs, again, wanted, strict=True):
         assert torch.equal(first, second)
         assert first.shape == expected.shape
@@ -194,6 +209,17 @@ def test_scan_on_gpu(length, dtype):
     u, delta, A, B = scan_inputs(length, 40)
     parameter_dtype = torch.promote_types(dtype, torch.float32)
     check_on_gpu('scan_states', (u.to(dtype), delta.to(dtype), A.to(parameter_dtype), B.to(dtype)), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', GPU_TOLERANCES)
+@pytest.mark.parametrize('channels', [5, 64, 96])
+@pytest.mark.parametrize(
+    'options', [(1, 'silu', False, False), (1, 'none', False, True), (2, 'relu', True, False)], ids=str
+)
+@pytest.mark.parametrize('grid', [*GRIDS, (40, 70)])
+def test_depthwise_conv_on_gpu(grid, options, channels, dtype):
+    check_on_gpu('depthwise_conv', (*conv_arguments(grid, channels, dtype), *options), dtype)
 
 
 @on_gpu

@@ -1,6 +1,7 @@
 """How configs of each toolbox find the backbone, and what importing the plugin needs."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -98,6 +99,41 @@ print(tuple(ops.scan_states(*(torch.ones(1, 2, 3),) * 2, -torch.ones(3), torch.o
 """
     )
     assert run(code) == '(1, 2, 3)'
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_without_kernels_the_import_is_silent_and_the_first_op_says_what_builds_them(broken, tmp_path):
+    folder = tmp_path / 'ops'
+    shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns('*.so', '__pycache__'))
+    if broken:  # as after an update of PyTorch
+        for variant in ('default', 'avx2', 'avx512'):
+            (folder / f'_cpu_{variant}.so').write_text('no library')
+    code = (
+        hide('mmengine', 'mmcv', 'triton', *TOOLBOXES)
+        + f"""
+import importlib.util, warnings
+sys.modules['mmspatialmamba'] = type(sys)('mmspatialmamba')
+spec = importlib.util.spec_from_file_location(
+    'mmspatialmamba.ops', {str(folder / '__init__.py')!r}, submodule_search_locations=[{str(folder)!r}])
+ops = importlib.util.module_from_spec(spec)
+sys.modules['mmspatialmamba.ops'] = ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    spec.loader.exec_module(ops)
+    silent = not caught
+    import torch
+    for _ in range(2):
+        ops.gated_norm(*(torch.ones(1, 2, 2, 3),) * 2, *(torch.ones(3),) * 2, 1e-5)
+        ops.scan_states(*(torch.ones(1, 2, 3),) * 2, -torch.ones(3), torch.ones(1, 2, 1))
+print(silent, *(str(warning.message) for warning in caught), sep=' | ')
+"""
+    )
+    silent, *warned = run(code).split(' | ')
+    assert silent == 'True'
+    assert len(warned) == 1
+    assert warned[0].startswith('mmspatialmamba::gated_norm: plain PyTorch computes the ops on cpu, slowly: ')
+    assert ('does not load' in warned[0]) == broken
+    assert warned[0].endswith('MMSPATIALMAMBA_BUILD_OPS=1 pip install --no-build-isolation --no-deps -e .')
 
 
 def test_missing_ops_say_how_to_install():

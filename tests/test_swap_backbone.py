@@ -1,25 +1,31 @@
 """The helper that puts Spatial-Mamba into configs of the toolboxes: what it changes, runs and refuses."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torchvision_setup  # noqa: F401, before mmpretrain
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, DefaultScope
 from mmengine.structures import PixelData
 
 from mmspatialmamba import swap_backbone
 from mmspatialmamba.backbone_swap import REFUSED
+from mmspatialmamba.normalization import MEAN, STD
 
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
 import sweep_zoo
 
+MESSAGES = 'mmspatialmamba.normalization.print_log'
 SMALL = {'embed_dims': 8, 'depths': (1, 1, 1, 1)}
 
 
@@ -38,6 +44,14 @@ def values(config, paths):
             value = value[int(key)] if key.isdigit() else value[key]
         found[path] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+@contextlib.contextmanager
+def said():
+    """Collects what is logged about the normalization of images."""
+    messages = []
+    with mock.patch(MESSAGES, lambda text, logger, level: messages.append(text)):
+        yield messages
 
 
 CHANGES = {
@@ -137,6 +151,43 @@ CHANGES = {
         'auxiliary_head.0.in_channels': 128,
     },
     'mmpretrain::resnet/resnet18_8xb32_in1k.py': {'backbone.out_indices': [3], 'head.in_channels': 512},
+    'mmpretrain::resnet/resnet18_8xb16_cifar10.py': {'backbone.out_indices': [3], 'head.in_channels': 512},
+    **{
+        f'mmpretrain::{name}': {
+            'backbone.out_indices': [3],
+            'neck.type': neck,
+            'head.type': head,
+            'head.in_channels': 512,
+            'head.num_classes': classes,
+        }
+        for name, neck, head, classes in [
+            ('convnext/convnext-tiny_32xb128_in1k.py', 'mmpretrain.GlobalAveragePooling', 'LinearClsHead', 1000),
+            ('swin_transformer/swin-tiny_16xb64_in1k.py', 'GlobalAveragePooling', 'LinearClsHead', 1000),
+            ('hornet/hornet-tiny_8xb128_in1k.py', 'mmpretrain.GlobalAveragePooling', 'LinearClsHead', 1000),
+            ('van/van-tiny_8xb128_in1k.py', 'GlobalAveragePooling', 'LinearClsHead', 1000),
+            (
+                'vision_transformer/vit-base-p16_64xb64_in1k.py',
+                'mmpretrain.GlobalAveragePooling',
+                'VisionTransformerClsHead',
+                1000,
+            ),
+            (
+                'deit/deit-tiny-distilled_4xb256_in1k.py',
+                'mmpretrain.GlobalAveragePooling',
+                'mmpretrain.LinearClsHead',
+                1000,
+            ),
+            (
+                'conformer/conformer-tiny-p16_8xb128_in1k.py',
+                'mmpretrain.GlobalAveragePooling',
+                'mmpretrain.LinearClsHead',
+                1000,
+            ),
+            ('mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py', 'mmpretrain.GlobalAveragePooling', 'LinearClsHead', 1000),
+            ('vgg/vgg11_8xb32_in1k.py', 'mmpretrain.GlobalAveragePooling', 'mmpretrain.LinearClsHead', 1000),
+            ('vgg/vgg16_8xb16_voc.py', 'mmpretrain.GlobalAveragePooling', 'mmpretrain.MultiLabelLinearClsHead', 20),
+        ]
+    },
 }
 
 
@@ -178,6 +229,124 @@ def test_weights_of_the_former_model_are_not_loaded():
     assert swap_backbone(config, SMALL).model.init_cfg is None
 
 
+def test_of_an_init_cfg_only_what_loads_weights_is_removed():
+    constant = {'type': 'Constant', 'layer': 'Linear', 'val': 1.0}
+    config = retinanet()
+    config.model.init_cfg = [{'type': 'Pretrained', 'checkpoint': 'former.pth'}, constant]
+    assert swap_backbone(config, SMALL).model.init_cfg == [constant]
+
+
+PURE = """
+from mmengine.config import read_base
+from mmengine.hooks import CheckpointHook
+from mmengine.model import PretrainedInit
+from mmdet.models import FPN, BACKBONE, DetDataPreprocessor, FocalLoss, L1Loss, RetinaHead, RetinaNet
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+
+default_scope = 'mmdet'
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(
+        type=DetDataPreprocessor, mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False
+    ),
+    backbone=dict(type=BACKBONE, depth=18, out_indices=(0, 1, 2, 3)),
+    neck=dict(type=FPN, in_channels=[64, 128, 256, 512], out_channels=32, start_level=1, num_outs=3),
+    bbox_head=dict(
+        type=RetinaHead,
+        num_classes=2,
+        in_channels=32,
+        anchor_generator=dict(type=AnchorGenerator, scales=[4], ratios=[1.0], strides=[8, 16, 32]),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder),
+        loss_cls=dict(type=FocalLoss),
+        loss_bbox=dict(type=L1Loss),
+    ),
+    init_cfg=dict(type=PretrainedInit, checkpoint='former.pth'),
+)
+default_hooks = dict(checkpoint=dict(type=CheckpointHook))
+"""
+
+
+def pure(tmp_path, backbone):
+    """A config whose types are classes, with this class as its backbone."""
+    path = tmp_path / 'pure.py'
+    path.write_text(PURE.replace('BACKBONE', backbone))
+    return Config.fromfile(path)
+
+
+def test_pure_python_config(tmp_path):
+    config = pure(tmp_path, 'ResNet')
+    swapped = swap_backbone(config, SMALL, pretrained='weights.pth')
+    assert swapped.model.init_cfg is None
+    assert swapped.model.neck.in_channels == [16, 32, 64]
+    assert swapped.model.data_preprocessor.std == STD
+    swapped.dump(tmp_path / 'swapped.py')
+    again = Config.fromfile(tmp_path / 'swapped.py')
+    again.model.backbone.pretrained = None
+    model = sweep_zoo.build(again)
+    assert type(model).__name__ == 'RetinaNet'
+    assert sweep_zoo.compute(model, 3) == 'features'
+    with pytest.raises(ValueError, match='backbone TridentResNet cannot be swapped or kept'):
+        swap_backbone(pure(tmp_path, 'TridentResNet'))
+
+
+NORMALIZED = [
+    ('mmdet::mask_rcnn/mask-rcnn_r50-caffe_fpn_1x_coco.py', 'bgr_to_rgb', ['model.data_preprocessor']),
+    ('mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py', 'bgr_to_rgb', ['model.data_preprocessor']),
+    ('mmdet::yolox/yolox_s_8xb8-300e_coco.py', 'bgr_to_rgb', ['model.data_preprocessor']),
+    (
+        'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+        'bgr_to_rgb',
+        ['model.detector.data_preprocessor', 'model.data_preprocessor.data_preprocessor'],
+    ),
+    ('mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k-384px.py', 'to_rgb', ['data_preprocessor']),
+]
+
+
+@pytest.mark.parametrize(('name', 'order', 'places'), NORMALIZED)
+def test_images_are_normalized_as_pretrained_weights_expect(name, order, places):
+    config = zoo(name)
+    with said() as messages:
+        kept = swap_backbone(config, SMALL)
+        assert messages == []
+        swapped = swap_backbone(config, SMALL, pretrained='weights.pth')
+        swap_backbone(swapped, SMALL, pretrained='weights.pth')
+    for place in places:
+        preprocessor, before, without = (values(cfg, [place])[place] for cfg in (swapped, config, kept))
+        assert (preprocessor.mean, preprocessor.std, preprocessor[order]) == (MEAN, STD, True)
+        assert without == before
+    assert len(messages) == 1
+    assert 'normalized as the pretrained weights expect it' in messages[0]
+
+
+def test_images_that_the_pipeline_normalizes_are_left_alone_and_named():
+    config = retinanet(in_channels=4)
+    with said() as messages:
+        swapped = swap_backbone(config, SMALL, pretrained='weights.pth')
+    assert swapped.model.data_preprocessor == config.model.data_preprocessor
+    assert 'normalized with 4 channels, which was not changed' in messages.pop()
+    config = retinanet()
+    config.train_pipeline = [{'type': 'Normalize', 'mean': [0], 'std': [1]}]
+    with said() as messages:
+        swapped = swap_backbone(config, SMALL, pretrained='weights.pth')
+    assert swapped.model.data_preprocessor == config.model.data_preprocessor
+    assert 'normalized in the pipeline, which was not changed' in messages.pop()
+
+
+def test_statistics_of_an_averaged_teacher_follow():
+    config = swap_backbone(
+        zoo('mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py'), SMALL
+    )
+    model = sweep_zoo.build(config)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        (hook,) = (HOOKS.build(hook) for hook in config.custom_hooks if hook.type == 'MeanTeacherHook')
+    runner = SimpleNamespace(model=model, iter=0)
+    hook.before_train(runner)
+    student, teacher = (part.backbone.stem.reduce.norm for part in (model.student, model.teacher))
+    student.running_mean.fill_(1.0)
+    hook.after_train_iter(runner, 0)
+    assert teacher.running_mean.tolist() == pytest.approx([hook.momentum] * len(teacher.running_mean))
+
+
 def test_image_channels_stay():
     config = zoo('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
     config.model.backbone.in_channels = 4
@@ -197,12 +366,22 @@ def test_detector_of_a_tracker():
     [
         'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
         'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py',
+        'mmpretrain::mae/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py',
+        'mmpose',
     ],
 )
 def test_layer_decay_reaches_the_rate_of_the_former_stem(name):
-    config = zoo(name)
+    if name == 'mmpose':  # is not installed here: the constructor's name and rules in its ViTPose-S
+        config = retinanet()
+        config.optim_wrapper = ConfigDict(
+            constructor='LayerDecayOptimWrapperConstructor',
+            optimizer={'type': 'AdamW', 'lr': 5e-4, 'weight_decay': 0.1},
+            paramwise_cfg={'num_layers': 12, 'layer_decay_rate': 0.8, 'custom_keys': {'bias': {'decay_multi': 0.0}}},
+        )
+    else:
+        config = zoo(name)
     rules = config.optim_wrapper.paramwise_cfg
-    former = rules.get('decay_rate', rules.get('layer_decay_rate')) ** (rules.num_layers + 1)
+    former = rules.get('decay_rate', rules.get('layer_decay_rate')) ** (rules.get('num_layers', 12) + 1)
     swapped = swap_backbone(config, SMALL)
     backbone = torch.nn.ModuleDict({'backbone': sweep_zoo.build(swapped).backbone})
     wrapper = swapped.optim_wrapper
@@ -211,6 +390,7 @@ def test_layer_decay_reaches_the_rate_of_the_former_stem(name):
     groups = build_optim_wrapper(backbone, wrapper).param_groups
     lowest = min(group['lr'] for group in groups)
     assert lowest == pytest.approx(wrapper.optimizer.lr * former)
+    assert swap_backbone(swapped, SMALL).optim_wrapper.paramwise_cfg == swapped.optim_wrapper.paramwise_cfg
 
 
 REFUSALS = {
@@ -228,6 +408,9 @@ REFUSALS = {
     'RFP': 'mmdet::detectors/cascade-rcnn_r50-rfp_1x_coco.py',
     'LRASPPHead': 'mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py',
     'DPTHead': 'mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py',
+    'SparseConvNeXt': 'mmpretrain::spark/spark_sparse-convnext-small_16xb256-amp-coslr-800e_in1k.py',
+    'SparseResNet': 'mmpretrain::spark/spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k.py',
+    'LeNet5': 'mmpretrain::lenet/lenet5_mnist.py',
 }
 
 
@@ -246,6 +429,20 @@ def retinanet(**backbone):
 
 
 def test_other_refusals():
+    with pytest.raises(ValueError, match='MAEViT is pre-trained on the patches that a mask leaves of an image'):
+        swap_backbone(zoo('mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py'))
+    with pytest.raises(ValueError, match='head ClsHead has no layer, and the backbone states no num_classes'):
+        swap_backbone(
+            Config(
+                {
+                    'model': {
+                        'type': 'ImageClassifier',
+                        'backbone': {'type': 'VGG', 'depth': 11},
+                        'head': {'type': 'ClsHead'},
+                    }
+                }
+            )
+        )
     with pytest.raises(ValueError, match=r'found MultimodalEncoderDecoder with the keys type, .*, image_encoder'):
         swap_backbone(zoo('mmseg::san/san-vit-b16_coco-stuff164k-640x640.py'))
     with pytest.raises(ValueError, match='found none with the keys none'):
@@ -284,6 +481,14 @@ TRAINED = [
     'mmseg::ocrnet/ocrnet_r101-d8_8xb2-40k_cityscapes-512x1024.py',
     'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py',
+    'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py',
+    'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+    'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py',
+    'mmpretrain::deit/deit-tiny-distilled_4xb256_in1k.py',
+    'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py',
+    'mmpretrain::vgg/vgg16_8xb16_voc.py',
+    'mmpretrain::vig/vig-tiny_8xb128_in1k.py',
+    'mmpretrain::csra/resnet101-csra_1xb16_voc07-448px.py',
 ]
 
 
@@ -305,6 +510,20 @@ def segmentation_samples(side):
     return {'inputs': [image, image.flip(-1)], 'data_samples': [sample, sample.clone()]}
 
 
+def classification_samples(side):
+    from mmpretrain.structures import DataSample
+
+    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+    return {'inputs': [image, image.flip(-1)], 'data_samples': [DataSample().set_gt_label(i) for i in (1, 3)]}
+
+
+def multi_label_samples(side):
+    data = classification_samples(side)
+    for sample in data['data_samples']:
+        sample.set_gt_score(torch.eye(20)[sample.gt_label[0]])
+    return data
+
+
 @pytest.mark.end_to_end
 @pytest.mark.parametrize('name', TRAINED)
 def test_training_step_and_prediction(name):
@@ -315,6 +534,9 @@ def test_training_step_and_prediction(name):
         config.model.data_preprocessor.pop('batch_augments', None)  # they pad to the full training size
         if 'rpn' in (config.model.get('test_cfg') or {}):
             config.model.test_cfg.rpn.max_per_img = 8  # each costs the shared head of a detector without a neck
+    elif config.default_scope == 'mmpretrain':
+        side, samples = 64, multi_label_samples if 'voc' in name else classification_samples
+        config.model.data_preprocessor = config.data_preprocessor
     else:
         side, samples = 64, segmentation_samples
         config.model.data_preprocessor.size = (side, side)
@@ -332,7 +554,8 @@ def test_training_step_and_prediction(name):
     with torch.no_grad():
         predictions = model.test_step(data)
     assert len(predictions) == 2
-    assert all('pred_instances' in sample or 'pred_sem_seg' in sample for sample in predictions)
+    found = ('pred_instances', 'pred_sem_seg', 'pred_score')
+    assert all(any(key in sample for key in found) for sample in predictions)
 
 
 WITHOUT = {

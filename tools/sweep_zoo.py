@@ -1,9 +1,10 @@
 """Swaps the backbone of every config of the installed toolboxes, runs the result, and writes the table.
 
 For each config: whether it builds as it is (without its weights), and whether it builds and computes features
-(detectors) or a prediction (segmentors) with a very small Spatial-Mamba. Configs with the same model are run once.
+(detectors), a prediction (segmentors) or logits (classifiers) with a very small Spatial-Mamba. Configs with the same
+model are run once.
 
-    python tools/sweep_zoo.py mmdet mmseg --jobs 2
+    python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mmspatialmamba import swap_backbone
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'embed_dims': 32, 'depths': (1, 1, 1, 1)}
-DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 INTRODUCTION = """# Zoo coverage
 
 `mmspatialmamba.swap_backbone(cfg, arch='tiny')` puts Spatial-Mamba into any config of MMDetection, MMSegmentation and
@@ -42,15 +43,13 @@ cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pre
 cfg.dump('atss_sm_t.py')
 ```
 
-Its docstring says what changes. Learning rate, optimizer and image normalization stay those of the former backbone,
-which is rarely what a Spatial-Mamba should be trained with: compare `configs/`. With `pretrained`, give the data
-preprocessor the mean, the deviation and the channel order of ImageNet weights; configs whose names hold `caffe` or
-`yolo` have others.
+Its docstring says what changes. Learning rate and optimizer stay those of the former backbone, which is rarely what a
+Spatial-Mamba should be trained with: compare `configs/`. With `pretrained`, images are normalized as ImageNet weights
+expect it (configs whose names hold `caffe` or `yolo` have other values), and the log says what changed.
 
-The tables are written by `python tools/sweep_zoo.py mmdet mmseg`: configs with a model, how many of them build
-unswapped on the machine of the sweep (without weights), and how many build and compute features (detectors) or a
-prediction (segmentors) with a Spatial-Mamba of 32 channels and one block a stage.
-Weights are random: no accuracy is claimed.
+The tables are written by `python tools/sweep_zoo.py mmdet mmseg mmpretrain`: configs with a model, how many of them
+build unswapped on the machine of the sweep (without weights), how many work with a Spatial-Mamba of 32 channels and one
+block per stage, and what was run of these after the swap. Weights are random: no accuracy is claimed.
 """
 
 
@@ -84,20 +83,26 @@ def build(cfg: Config) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def compute(model: torch.nn.Module, in_channels: int) -> None:
-    """Computes a prediction of a segmentor, or the features of a detector, tracker or classifier."""
+def compute(model: torch.nn.Module, in_channels: int) -> str:
+    """Computes a prediction of a segmentor, logits of a classifier, or the features of others, and says which."""
     if hasattr(model, 'decode_head'):
         model.predict(torch.rand(1, in_channels, 128, 128))
-        return
-    model = getattr(model, 'detector', model)
+        return 'prediction'
     side = 384  # for all: FPG divides it by 128, Sparse R-CNN and DINO select hundreds of positions
     image = torch.rand(1, in_channels, side, side)
+    if type(model).__name__.endswith('Classifier'):
+        model(image, mode='tensor')
+        return 'logits'
+    model = next((getattr(model, part) for part in ('detector', 'student') if hasattr(model, part)), model)
     maps = model.extract_feat(image) if hasattr(model, 'extract_feat') else model.backbone(image)
+    run = 'features'
     for head in (getattr(model, name, None) for name in ('panoptic_head', 'track_head')):
         if hasattr(head, 'pixel_decoder'):  # the neck of Mask2Former and MaskFormer
             meta = {'batch_input_shape': (side, side), 'img_shape': (side, side)}
             decoder = head.pixel_decoder
             decoder(maps, [meta]) if 'MaskFormer' in type(head).__name__ else decoder(maps)
+            run = 'features and pixel decoder'
+    return run
 
 
 def run(path: Path) -> dict:
@@ -119,7 +124,7 @@ def run(path: Path) -> dict:
             return {**result, 'swapped': in_one_line(error)}
     try:
         part = swapped.model.get('detector', swapped.model)
-        compute(build(swapped), part.backbone.get('in_channels', 3))
+        result['run'] = compute(build(swapped), part.backbone.get('in_channels', 3))
         result['swapped'] = 'ok'
     except Exception as error:
         result['swapped'] = in_one_line(error)
@@ -189,9 +194,9 @@ def as_markdown(toolbox: str, results: dict[str, dict]) -> str:
         f'{total[0]} configs in {len(rows)} families; {total[1]} build unswapped, {total[2]} of these work swapped; '
         f'{total[3]} work swapped in all.',
         '',
-        '| family | configs | build unswapped | of these, work swapped | work swapped |',
-        '| --- | --- | --- | --- | --- |',
-        *(f'| {family} | {" | ".join(map(str, row))} |' for family, row in rows.items()),
+        '| family | configs | build unswapped | of these, work swapped | work swapped | what was run |',
+        '| --- | --- | --- | --- | --- | --- |',
+        *(f'| {family} | {" | ".join(map(str, row))} | {ran(families[family])} |' for family, row in rows.items()),
         '',
         f'Configs of {toolbox} that do not work swapped:',
         '',
@@ -215,6 +220,11 @@ def counts(results) -> tuple[int, int, int, int]:
     builds = [result for result in results if result['unswapped'] == 'ok']
     works = [result for result in results if result['swapped'] == 'ok']
     return len(results), len(builds), sum(result in works for result in builds), len(works)
+
+
+def ran(results: list[dict]) -> str:
+    """Returns what was run of a family's configs."""
+    return ', '.join(sorted({result['run'] for result in results if 'run' in result})) or '-'
 
 
 def main() -> None:

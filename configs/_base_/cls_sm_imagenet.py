@@ -1,4 +1,4 @@
-# ImageNet-1K: the published recipe, 300 epochs, 1024 images a step on 8 GPUs x 128, EMA and MESA.
+# ImageNet-1K: the published recipe, 300 epochs, 1024 images per step on 8 GPUs x 128, EMA and MESA.
 # mmpretrain's files are named by path, as in ade20k_160k.py.
 _base_ = [
     __import__('mmpretrain').__path__[0] + '/.mim/configs/_base_/datasets/imagenet_bs64_swin_224.py',
@@ -6,13 +6,13 @@ _base_ = [
     './no_decay.py',
 ]
 
-custom_imports = dict(imports=['mmspatialmamba', 'mmspatialmamba.mesa'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
 
 model = dict(
-    type='MESAImageClassifier',
+    type='mmspatialmamba.mesa.MESAImageClassifier',
     # From a quarter of the epochs on, the criterion against the EMA model's softmax is added with this weight.
     mesa_weight=1.0,
-    backbone=dict(type='SpatialMamba', arch='tiny', out_indices=(3,), drop_path_rate=0.2),
+    backbone=dict(type='mmspatialmamba.SpatialMamba', arch='tiny', out_indices=(3,), drop_path_rate=0.2),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',
@@ -41,7 +41,6 @@ train_pipeline = [
         magnitude_std=0.5,
         hparams=dict(pad_val=[round(x) for x in bgr_mean], interpolation='bicubic'),
     ),
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
     dict(
         type='RandomErasing',
         erase_prob=0.25,
@@ -70,7 +69,9 @@ val_cfg = dict()
 test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=1024)
 
-custom_hooks = [
-    dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL'),
-    dict(type='MESAHook', begin_epoch=75),
-]
+# Not custom_hooks, which a config that inherits this one would replace as a whole.
+default_hooks = dict(
+    # BatchNorm's statistics are averaged too, as in the original; by default they are copied.
+    ema=dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL'),
+    mesa=dict(type='mmspatialmamba.mesa.MESAHook', begin_epoch=75),
+)

@@ -5,7 +5,7 @@ model = dict(
     data_preprocessor=dict(size=(512, 512)),
     backbone=dict(
         _delete_=True,
-        type='SpatialMamba',
+        type='mmspatialmamba.SpatialMamba',
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,13 +17,42 @@ from ..checkpoint_names import NameTable
 from ..load_report import fit_state_dict
 
 
+class Stage(nn.Module):
+    """Blocks at one stride, and the downsample to the next stride if there is one.
+
+    Args:
+        blocks: Each maps (N, H, W, d) to the same shape.
+        downsample: Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d); None in the last stage.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the map of this stage and the input of the next.
+
+        Args:
+            x: Map, (N, H, W, d).
+            recompute: Whether the blocks are computed again in backward, to save memory.
+
+        Returns:
+            The map after the blocks, (N, H, W, d), and after the downsample, (N, ceil(H/2), ceil(W/2), 2d), or None if
+            there is none.
+        """
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x, None if self.downsample is None else self.downsample(x)
+
+
 class Backbone(BaseModule):
     """A stem and four stages of blocks, with multi-scale outputs.
 
-    A subclass states `ARCHITECTURES`, `NAMES` and `CORE_OP`, and defines `make_stem`, `make_stage` and
-    `reset_parameters`. What looks at backbones (the swap, layer decay, inspection) relies on this class alone: on the
-    submodules ``stem``, ``stages`` and ``out_norms``, of a stage ``blocks`` and ``downsample``, and on the attributes
-    below. Maps between these are channels-last, (N, H, W, C).
+    A subclass states `ARCHITECTURES`, `NAMES` and `CORE_OP`, and defines `make_stem`, `make_block`, `make_downsample`
+    and `reset_parameters`. What looks at backbones (the swap, layer decay, inspection) relies on this class alone: on
+    the submodules ``stem``, ``stages`` (each a `Stage`) and ``out_norms``, and on the attributes below. Maps between
+    these are channels-last, (N, H, W, C).
 
     Args:
         arch: A name of `ARCHITECTURES` or its first letter, or a dict with the same keys: ``embed_dims`` (channels C
@@ -35,7 +64,8 @@ class Backbone(BaseModule):
         drop_path_rate: Drop-path rate of the last block; it grows linearly from 0 at the first.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their output norms: no
             gradients, and they stay in evaluation mode.
-        norm_eval: Whether every BatchNorm stays in evaluation mode in training.
+        norm_eval: Whether every BatchNorm stays in evaluation mode in training. Otherwise one does whose parameters
+            were frozen while others of the backbone train: an adapter's file would not hold its statistics.
         with_cp: Whether blocks are computed again in backward to save memory (non-reentrant checkpointing).
         pretrained: Path of a checkpoint, short for ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: MMEngine's initialization config. Initial values are set by the constructor; the published
@@ -112,10 +142,11 @@ class Backbone(BaseModule):
         rates = [drop_path_rate * k / (blocks - 1) for k in range(blocks)]
         self.stem = self.make_stem(in_channels, self.channels[0])
         self.stages = nn.ModuleList(
-            self.make_stage(
-                self.channels[i], rates[sum(self.depths[:i]) : sum(self.depths[: i + 1])], downsample=i < last
+            Stage(
+                (self.make_block(channels, rate) for rate in rates[sum(self.depths[:i]) : sum(self.depths[: i + 1])]),
+                self.make_downsample(channels) if i < last else None,
             )
-            for i in range(last + 1)
+            for i, channels in enumerate(self.channels[: last + 1])
         )
         self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(self.channels[i]) for i in sorted(self.out_indices)})
         self.reset_parameters()
@@ -125,15 +156,17 @@ class Backbone(BaseModule):
         """Returns what maps an image (N, in_channels, H, W) to (N, ceil(H/4), ceil(W/4), channels)."""
         raise NotImplementedError
 
-    def make_stage(self, channels: int, drop_path_rates: Sequence[float], downsample: bool) -> nn.Module:
-        """Returns a stage: a module with ``blocks`` and ``downsample``.
+    def make_block(self, channels: int, drop_path_rate: float) -> nn.Module:
+        """Returns a block of a `Stage`, which maps (N, H, W, channels) to the same shape.
 
         Args:
-            channels: Number of channels d of its blocks, each of which maps (N, H, W, d) to the same shape.
-            drop_path_rates: Drop-path rate of each block.
-            downsample: Whether another stage follows: then ``downsample`` maps (N, H, W, d) to
-                (N, ceil(H/2), ceil(W/2), 2d), else it is None.
+            channels: Number of channels d.
+            drop_path_rate: Drop-path rate of the block.
         """
+        raise NotImplementedError
+
+    def make_downsample(self, channels: int) -> nn.Module:
+        """Returns the downsample of a `Stage` of that many channels."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -208,13 +241,17 @@ class Backbone(BaseModule):
         super().init_weights()
 
     def train(self, mode: bool = True) -> 'Backbone':
-        """Sets the mode, keeps frozen parts and, with ``norm_eval``, every BatchNorm in evaluation mode."""
+        """Sets the mode, keeps frozen parts, and BatchNorm as ``norm_eval`` says, in evaluation mode."""
         super().train(mode)
         self._freeze()
-        if mode and self.norm_eval:
+        if mode:
+            # Wholly frozen is the average of another network, whose BatchNorm follows the batch.
+            has_adapters = any(parameter.requires_grad for parameter in self.parameters())
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
-                    module.eval()
+                    is_frozen = module.affine and not module.weight.requires_grad
+                    if self.norm_eval or (is_frozen and has_adapters):
+                        module.eval()
         return self
 
     def _freeze(self) -> None:
@@ -258,12 +295,9 @@ class Backbone(BaseModule):
         recompute = self.with_cp and torch.is_grad_enabled()
         x = self.stem(x)
         for index, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            out, x = stage(x, recompute)
             if index in self.out_indices:
-                maps[index] = self.out_norms[str(index)](x).permute(0, 3, 1, 2).contiguous()
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+                maps[index] = self.out_norms[str(index)](out).permute(0, 3, 1, 2).contiguous()
         return tuple(maps[index] for index in self.out_indices)
 
     def __prepare_scriptable__(self):

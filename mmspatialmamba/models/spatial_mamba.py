@@ -4,7 +4,6 @@ Re-implemented from arXiv 2410.15091 (ICLR 2025) and from the behaviour of its p
 their own names (see `mmspatialmamba.checkpoint_names.spatial_mamba`).
 """
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -39,29 +38,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = self.ssm(self.cpe1(x), self.norm1, self._draw_scale(x))
-        return self.mlp(self.cpe2(x), self.norm2, self._draw_scale(x))
-
-    def _draw_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the factor of drop path on the branch of each image, 0 or 1 / (1 - rate), (N,); None for 1."""
-        if not self.training or not self.drop_path.drop_prob:
-            return None
-        return self.drop_path(x.new_ones(x.shape[0]))
-
-
-class Stage(nn.Module):
-    """Blocks at one stride, and the downsample to the next stride if there is one.
-
-    Args:
-        channels: Number of channels d.
-        drop_path_rates: Drop-path rate of each block.
-        downsample: Whether another stage follows.
-    """
-
-    def __init__(self, channels: int, drop_path_rates: Sequence[float], downsample: bool):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(channels, rate) for rate in drop_path_rates)
-        self.downsample = Downsample(channels) if downsample else None
+        x = self.cpe1(x)
+        x = x + self.drop_path(self.ssm(self.norm1(x)))
+        x = self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @ROOT_MODELS.register_module()
@@ -84,9 +64,13 @@ class SpatialMamba(Backbone):
         """Returns the convolutions before the first stage."""
         return Stem(in_channels, channels)
 
-    def make_stage(self, channels: int, drop_path_rates: Sequence[float], downsample: bool) -> Stage:
-        """Returns the blocks at one stride."""
-        return Stage(channels, drop_path_rates, downsample)
+    def make_block(self, channels: int, drop_path_rate: float) -> Block:
+        """Returns a block."""
+        return Block(channels, drop_path_rate)
+
+    def make_downsample(self, channels: int) -> Downsample:
+        """Returns what leads from one stage to the next."""
+        return Downsample(channels)
 
     def reset_parameters(self) -> None:
         """Draws the weights of the linear layers of SSM and MLP from a normal distribution of deviation 0.02."""

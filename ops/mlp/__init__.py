@@ -104,7 +104,6 @@ define(
     ' Tensor bias2, Tensor? scale, bool keep_hidden) -> (Tensor out, Tensor hidden)',
     mlp_reference,
     _fake,
-    slow=False,
 )
 define(
     'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1,'
@@ -115,7 +114,6 @@ define(
         tuple(tensor.new_empty(tensor.shape) for tensor in (x, norm_weight, norm_bias, weight1, bias1, weight2))
         + (weight2.new_empty(len(weight2)),)
     ),
-    slow=False,
 )
 register_autograd('mlp', _backward, _setup_context)
 refuse_double_backward('mlp_backward')
