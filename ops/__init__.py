@@ -7,6 +7,7 @@ folder by itself.
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
+from .layer_norm import layer_norm
 from .mlp import mlp
 from .scan_states import scan_states
 from .ssm_layer import ssm_layer
@@ -16,6 +17,6 @@ from .structure_aware_ssm import structure_aware_ssm
 load_backends()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'scan_states', 'ssm_layer',
-    'state_fusion', 'structure_aware_ssm',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',
+    'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

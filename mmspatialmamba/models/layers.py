@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import depthwise_conv, mlp
+from ..ops import depthwise_conv, layer_norm, mlp
 from ..ops.residual import add_branch
 
 
@@ -37,6 +37,24 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, channels) to (N, ceil(H / stride), ceil(W / stride), channels)."""
         return depthwise_conv(x, self.weight, self.bias, **self.options)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels, computed by `mmspatialmamba.ops.layer_norm`, in the dtype of the product after it.
+
+    Args:
+        channels: Number of channels.
+        eps: Added to the variance.
+        elementwise_affine: Whether there is a scale of each channel and, with ``bias``, a shift.
+        bias: Whether there is a shift of each channel.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
+        super().__init__(channels, eps, elementwise_affine, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, ..., channels) to the same shape, under autocast in its dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ConvNorm(nn.Module):
@@ -169,7 +187,7 @@ def is_plain(*layers: nn.Module) -> bool:
     What reads a layer's weights and leaves its ``forward`` out would pass over what replaced it: an adapter, a
     quantized or a sharded layer. BatchNorm has subclasses that differ in the shapes they accept.
     """
-    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, DepthwiseConv)
+    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, LayerNorm, nn.GELU, DepthwiseConv)
     hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
     return not module._has_any_global_hook() and all(
         (type(layer) in plain or isinstance(layer, _BatchNorm)) and not any(getattr(layer, name) for name in hooks)

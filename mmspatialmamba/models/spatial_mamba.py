@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint import SourceMetadata
 from ..checkpoint_names import adapt_state_dict
 from ..registry import MODELS
-from .layers import MLP, DepthwiseConv, Downsample, Stem
+from .layers import MLP, DepthwiseConv, Downsample, LayerNorm, Stem
 from .ssm import StructureAwareSSM
 
 
@@ -35,10 +35,10 @@ class Block(nn.Module):
     def __init__(self, channels: int, drop_path_rate: float):
         super().__init__()
         self.cpe1 = DepthwiseConv(channels, residual=True)
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.ssm = StructureAwareSSM(channels)
         self.cpe2 = DepthwiseConv(channels, residual=True)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path_rate)
 
