@@ -14,7 +14,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from ..checkpoint_names import SPATIAL_MAMBA
 from ..registry import MODELS
 from .backbone import Backbone
-from .layers import MLP, DepthwiseConv, Downsample, Stem
+from .layers import MLP, DepthwiseConv, Downsample, LayerNorm, Stem
 from .ssm import StructureAwareSSM
 
 
@@ -29,10 +29,10 @@ class Block(nn.Module):
     def __init__(self, channels: int, drop_path_rate: float):
         super().__init__()
         self.cpe1 = DepthwiseConv(channels, residual=True)
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.ssm = StructureAwareSSM(channels)
         self.cpe2 = DepthwiseConv(channels, residual=True)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.mlp = MLP(channels)
         self.drop_path = DropPath(drop_path_rate)
 
