@@ -168,3 +168,13 @@ def relative_error(actual, expected):
     """Largest difference over the largest expected value."""
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return ((actual.to(expected.dtype) - expected).abs().max() / scale).item()
+
+
+def rms_error(actual, expected, scale=None):
+    """Root of the mean squared difference over that of the expected values, or over ``scale``.
+
+    Of a whole tensor, small channels weigh little: give the tensors of one kind to it one by one.
+    """
+    expected = expected.double()
+    scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny) if scale is None else scale
+    return ((actual.double() - expected).square().mean().sqrt() / scale).item()

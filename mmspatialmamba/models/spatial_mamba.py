@@ -10,74 +10,18 @@ from typing import ClassVar
 
 import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import SourceMetadata
 from ..checkpoint_names import adapt_state_dict
 from ..registry import MODELS
-from .layers import MLP, DepthwiseConv, Downsample, Stem
+from .block import Stage
+from .fused import fuse
+from .layers import MLP, Stem
 from .ssm import StructureAwareSSM
-
-
-class Block(nn.Module):
-    """Spatial-Mamba block: position encoding, SSM, position encoding, MLP, each added to its input.
-
-    Args:
-        channels: Number of channels d.
-        drop_path_rate: Probability that the SSM or the MLP of an image is dropped in training.
-    """
-
-    def __init__(self, channels: int, drop_path_rate: float):
-        super().__init__()
-        self.cpe1 = DepthwiseConv(channels, residual=True)
-        self.norm1 = nn.LayerNorm(channels)
-        self.ssm = StructureAwareSSM(channels)
-        self.cpe2 = DepthwiseConv(channels, residual=True)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = MLP(channels)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = self.cpe1(x)
-        x = x + self.drop_path(self.ssm(self.norm1(x)))
-        x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class Stage(nn.Module):
-    """Blocks at one stride, and the downsample to the next stride if there is one.
-
-    Args:
-        channels: Number of channels d.
-        drop_path_rates: Drop-path rate of each block.
-        downsample: Whether another stage follows.
-    """
-
-    def __init__(self, channels: int, drop_path_rates: Sequence[float], downsample: bool):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(channels, rate) for rate in drop_path_rates)
-        self.downsample = Downsample(channels) if downsample else None
-
-    def forward(self, x: torch.Tensor, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the map of this stage and the input of the next.
-
-        Args:
-            x: Map, (N, H, W, d).
-            recompute: Whether the blocks are computed again in backward, to save memory.
-
-        Returns:
-            The map after the blocks, (N, H, W, d), and after the downsample, (N, ceil(H/2), ceil(W/2), 2d), or None if
-            there is none.
-        """
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x, None if self.downsample is None else self.downsample(x)
 
 
 @ROOT_MODELS.register_module()
@@ -96,6 +40,8 @@ class SpatialMamba(BaseModule):
             BatchNorm stays in evaluation mode.
         norm_eval: Whether every BatchNorm stays in evaluation mode in training.
         with_cp: Whether blocks are computed again in backward to save memory (non-reentrant checkpointing).
+        fused: Whether `mmspatialmamba.fuse` makes one op of each branch of a block: less time and memory, but layers
+            inside can be neither hooked nor replaced.
         pretrained: Path of a checkpoint, short for ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
         init_cfg: MMEngine's initialization config. Initial values are set by the constructor; the published
             classification and detection files load as they are.
@@ -121,6 +67,7 @@ class SpatialMamba(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        fused: bool = False,
         pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
         **unknown,
@@ -128,8 +75,8 @@ class SpatialMamba(BaseModule):
         if unknown:
             raise TypeError(
                 f'SpatialMamba: unknown argument {", ".join(sorted(unknown))}; allowed are arch, in_channels, '
-                'out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, pretrained and init_cfg. In a config '
-                'that inherits another backbone, set _delete_=True.'
+                'out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, fused, pretrained and init_cfg. In a '
+                'config that inherits another backbone, set _delete_=True.'
             )
         if pretrained is not None:
             if init_cfg is not None:
@@ -144,7 +91,7 @@ class SpatialMamba(BaseModule):
         _check_int('frozen_stages', frozen_stages, -1, len(depths))
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'SpatialMamba: drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}')
-        for name, flag in (('norm_eval', norm_eval), ('with_cp', with_cp)):
+        for name, flag in (('norm_eval', norm_eval), ('with_cp', with_cp), ('fused', fused)):
             if not isinstance(flag, bool):
                 raise TypeError(f'SpatialMamba: {name} must be True or False, got {flag!r}')
         self.in_channels = in_channels
@@ -166,6 +113,8 @@ class SpatialMamba(BaseModule):
         )
         self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(self.channels[i]) for i in sorted(self.out_indices)})
         self._reset_linear()
+        if fused:
+            fuse(self)
         self._freeze()
 
     @classmethod
