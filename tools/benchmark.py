@@ -279,6 +279,8 @@ def benchmark_backbones(args: argparse.Namespace) -> list[dict]:
             models[name] = build(name, args.baseline).to(args.device)
         except (ImportError, RuntimeError) as error:
             print(f'{name}: left out, it cannot be imported ({error})')
+    if not models:
+        sys.exit(f'nothing to measure: none of {", ".join(names)} can be imported')
     rows = []
     for size in args.sizes:
         shape = (args.batch, 3, *parse_size(size))
