@@ -38,11 +38,20 @@ class BuildPy(build_py):
 
 
 COMMANDS = {'build_py': BuildPy}
-OP_PACKAGES = [f'mmspatialmamba.ops.{path.parent.name}' for path in sorted((ROOT / 'ops').glob('*/__init__.py'))]
+PACKAGES = [
+    '.'.join((*parent, *path.parent.relative_to(ROOT).parts))
+    for folder, parent in (('mmspatialmamba', ()), ('ops', ('mmspatialmamba',)))
+    for path in sorted((ROOT / folder).rglob('__init__.py'))
+]
 
 BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
     raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
+
+# Compiling every variant takes three times as long as that of this machine's processor, and serves other machines.
+CPU_VARIANTS = os.environ.get('MMSPATIALMAMBA_CPU_VARIANTS', 'native')
+if CPU_VARIANTS not in ('native', 'all'):
+    raise ValueError(f"MMSPATIALMAMBA_CPU_VARIANTS: expected 'native' or 'all', got {CPU_VARIANTS!r}")
 
 # One library for each width of vector registers; ops/backends.py loads the widest that the CPU has.
 VECTOR_FLAGS = {'default': []}
@@ -56,6 +65,7 @@ def build_ops() -> dict:
     if BUILD_OPS == '0':
         return skipped('MMSPATIALMAMBA_BUILD_OPS=0')
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         return skipped(f'{error} (pip needs --no-build-isolation to see the installed PyTorch)', error)
@@ -84,8 +94,10 @@ def build_ops() -> dict:
             extra_link_args=['-fopenmp'],
         )
 
+    native = torch.backends.cpu.get_cpu_capability().lower()
+    variants = list(VECTOR_FLAGS) if CPU_VARIANTS == 'all' else [native if native in VECTOR_FLAGS else 'default']
     COMMANDS['build_ext'] = BuildOps
-    return {'ext_modules': [extension(variant) for variant in VECTOR_FLAGS]}
+    return {'ext_modules': [extension(variant) for variant in variants]}
 
 
 def skipped(reason: str, error: Exception | None = None) -> dict:
@@ -104,7 +116,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
-    packages=['mmspatialmamba', 'mmspatialmamba.models', 'mmspatialmamba.ops', *OP_PACKAGES],
+    packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
     install_requires=['torch>=2.6'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,

@@ -28,3 +28,6 @@ test_evaluator = val_evaluator
 # starts from these 2 images.
 optim_wrapper = dict(optimizer=dict(lr=1e-4 / 8))
 auto_scale_lr = dict(base_batch_size=2)
+
+# Stops before the first step where a head has another number of classes than the data set.
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

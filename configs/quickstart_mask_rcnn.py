@@ -73,3 +73,5 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=2))
+
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 import mmspatialmamba
-from mmspatialmamba.checkpoint_names import OFFICIAL_TO_OWN
+from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
 METAFILE = Path(__file__).parents[1] / 'configs' / 'metafile.yml'
 
@@ -61,7 +61,7 @@ myst_substitutions = {
     'segmentation': zoo_table(_models, 'Semantic Segmentation'),
     'classification': zoo_table(_models, 'Image Classification'),
     'names': markdown_table(
-        [['original', 'here'], *([f'`{official}`', f'`{own}`'] for official, own in OFFICIAL_TO_OWN)]
+        [['original', 'here'], *([f'`{official}`', f'`{own}`'] for official, own in SPATIAL_MAMBA.pairs)]
     ),
 }
 nb_execution_mode = 'off'  # tests/test_docs.py executes the notebook

@@ -1,4 +1,4 @@
-"""Puts Spatial-Mamba into the config of any detector, segmentor or classifier that has another backbone.
+"""Puts a backbone of this package into the config of any detector, segmentor or classifier that has another one.
 
 What the heads expect is measured, not looked up: the former backbone is built without weights and sees one small
 image, so every backbone of the toolboxes, mmpretrain and timm is served by the same rule, and only what is no stack of
@@ -16,8 +16,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 from .config_types import type_name
-from .models import SpatialMamba
+from .models import Backbone
 from .normalization import normalize_as_pretrained
+from .registry import MODELS as OWN_MODELS
 
 REFUSED = {
     'UNet': 'its decoder is part of the backbone, and the heads use the maps of the decoder',
@@ -74,11 +75,16 @@ PROBE_SIZE = 128
 
 
 def swap_backbone(
-    cfg: Config, arch: str | dict = 'tiny', *, drop_path_rate: float = 0.2, pretrained: str | None = None
+    cfg: Config,
+    arch: str | dict = 'tiny',
+    *,
+    backbone: str = 'SpatialMamba',
+    drop_path_rate: float = 0.2,
+    pretrained: str | None = None,
 ) -> Config:
-    """Returns a config in which Spatial-Mamba takes the place of the backbone.
+    """Returns a config in which a backbone of this package takes the place of its own.
 
-    Each map of the former backbone is replaced by that of a Spatial-Mamba stage: by stride (4, 8, 16, 32), as near as
+    Each map of the former backbone is replaced by that of a stage: by stride (4, 8, 16, 32), as near as
     possible while the maps stay in order, so the four maps of a dilated ResNet (strides 4, 8, 8, 8) become all four
     stages. Then everything that takes these maps is told their channels: the neck, or without one the heads, nested
     ones too, and their ``strides`` where they state them. In detail:
@@ -107,8 +113,9 @@ def swap_backbone(
 
     Args:
         cfg: Config of a toolbox, as ``Config.fromfile`` returns it. It is not changed.
-        arch: ``arch`` of `SpatialMamba`.
-        drop_path_rate: ``drop_path_rate`` of `SpatialMamba`.
+        arch: ``arch`` of the new backbone.
+        backbone: Its name in the registry of this package.
+        drop_path_rate: ``drop_path_rate`` of the new backbone.
         pretrained: Checkpoint of the backbone, or None to start from random weights.
 
     Returns:
@@ -121,19 +128,23 @@ def swap_backbone(
     """
     if not isinstance(cfg, Config):
         raise TypeError(f'swap_backbone: cfg must be an mmengine Config, got {type(cfg).__name__}')
+    known = {name: cls for name, cls in OWN_MODELS.module_dict.items() if issubclass(cls, Backbone)}
+    if backbone not in known:
+        raise ValueError(f'swap_backbone: backbone must be one of {", ".join(known)}, got {backbone!r}')
     with torch.device('meta'):  # checks the arguments
-        backbone = SpatialMamba(arch, drop_path_rate=drop_path_rate, pretrained=pretrained)
+        new = known[backbone](arch, drop_path_rate=drop_path_rate, pretrained=pretrained)
     cfg = copy.deepcopy(cfg)
     part = _part_with_backbone(cfg)
     _refuse_by_name(part)
 
     arguments = {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained}
     with torch.random.fork_rng(devices=()), DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        _swap_layer_decay(cfg.get('optim_wrapper') or {}, part.backbone, blocks=sum(backbone.depths))
+        _swap_layer_decay(cfg.get('optim_wrapper') or {}, part.backbone, blocks=sum(new.depths))
+        swapped = ConfigDict(type=f'mmspatialmamba.{backbone}', **arguments)
         if type_name(part).endswith('Classifier') and 'in_channels' not in _first_neck(part):
-            _swap_in_classifier(part, backbone, arguments)
+            _swap_in_classifier(part, new, swapped)
         else:
-            _swap(part, backbone, arguments)
+            _swap(part, new, swapped)
 
     if type_name(part.backbone) in ALL_MAPS or type_name(_first_neck(part)) in ALL_MAPS:
         cfg.find_unused_parameters = True
@@ -184,17 +195,17 @@ def _refuse_by_name(part: ConfigDict) -> None:
             )
 
 
-def _swap(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
-    """Swaps the backbone of ``part`` and tells its neck or heads the new maps."""
+def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
+    """Swaps the backbone of ``part`` for one with the config ``swapped``, and tells neck or heads the new maps."""
     path = part.backbone if 'backbone_cfg' in part.backbone else None  # a context path around the backbone
     former_cfg = path.backbone_cfg if path else part.backbone
     maps = _run(former_cfg, _image(former_cfg), 'backbone')
     former, strides = _channels(maps), _strides(maps)
-    stages = _stages(strides, type_name(former_cfg))
+    stages = _stages(strides, backbone.STRIDES, type_name(former_cfg))
     segmentor = 'decode_head' in part
     if not segmentor and any(backbone.STRIDES[i] != stride for i, stride in zip(stages, strides, strict=True)):
         raise ValueError(
-            f'swap_backbone: {type_name(former_cfg)} has maps at strides {strides}, Spatial-Mamba at '
+            f'swap_backbone: {type_name(former_cfg)} has maps at strides {strides}, {type(backbone).__name__} at '
             f'{backbone.STRIDES}; anchors and points of {type_name(part)} depend on them'
         )
     if len(strides) > 1 == len(set(strides)) and type_name(part.get('neck')) in PYRAMID_NECKS:
@@ -203,7 +214,7 @@ def _swap(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
     used = list(range(len(former))) if path else _used_maps(part, former)
     stages = tuple(stages[i] for i in used)
     ours = [backbone.channels[stage] for stage in stages]
-    swapped = ConfigDict(type='mmspatialmamba.SpatialMamba', out_indices=stages, **arguments)
+    swapped.out_indices = stages
     if former_cfg.get('in_channels', 3) != 3:
         swapped.in_channels = former_cfg.in_channels
     if path:
@@ -217,7 +228,7 @@ def _swap(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
         _fit_neck(part, neck, former, ours, [strides[i] for i in used], [backbone.STRIDES[i] for i in stages])
     if segmentor:
         swapped = copy.deepcopy(part.backbone)
-        shallow = {'embed_dims': backbone.channels[0], 'depths': (1, 1, 1, 1)}  # has the same channels, and is quick
+        shallow = {**backbone.arch, 'depths': (1, 1, 1, 1)}  # has the same channels, and is quick
         swapped.get('backbone_cfg', swapped).arch = shallow
         maps = _run(swapped, _image(swapped), 'backbone')
         if neck:
@@ -228,11 +239,11 @@ def _swap(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
         _fit_detection_heads(part, former, ours)
 
 
-def _swap_in_classifier(part: ConfigDict, backbone: SpatialMamba, arguments: dict) -> None:
-    """Swaps the backbone of a classifier, whose head takes the pooled map of the last stage."""
+def _swap_in_classifier(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
+    """Swaps the backbone of a classifier for ``swapped``; the head takes the pooled map of the last stage."""
     former, head = part.backbone, part.get('head') or ConfigDict()
     last = len(backbone.channels) - 1
-    part.backbone = ConfigDict(type='mmspatialmamba.SpatialMamba', out_indices=(last,), **arguments)
+    part.backbone = ConfigDict(swapped, out_indices=(last,))
     if former.get('in_channels', 3) != 3:
         part.backbone.in_channels = former.in_channels
     name = type_name(head)
@@ -253,20 +264,18 @@ def _swap_in_classifier(part: ConfigDict, backbone: SpatialMamba, arguments: dic
         part.neck = ConfigDict(type='mmpretrain.GlobalAveragePooling')
 
 
-def _stages(strides: list[int], name: str) -> tuple[int, ...]:
+def _stages(strides: list[int], available: Sequence[int], name: str) -> tuple[int, ...]:
     """Returns a stage for each map: in order, each once, with strides as near as possible."""
-    if strides != sorted(strides) or len(strides) > len(SpatialMamba.STRIDES):
+    if strides != sorted(strides) or len(strides) > len(available):
         raise ValueError(
             f'swap_backbone: backbone {name} has maps at strides {strides}; expected at most '
-            f'{len(SpatialMamba.STRIDES)}, from fine to coarse'
+            f'{len(available)}, from fine to coarse'
         )
 
     def distance(stages: tuple[int, ...]) -> float:
-        return sum(
-            abs(log2(stride / SpatialMamba.STRIDES[stage])) for stride, stage in zip(strides, stages, strict=True)
-        )
+        return sum(abs(log2(stride / available[stage])) for stride, stage in zip(strides, stages, strict=True))
 
-    return min(combinations(range(len(SpatialMamba.STRIDES)), len(strides)), key=distance)
+    return min(combinations(range(len(available)), len(strides)), key=distance)
 
 
 def _fit_context_path(path: ConfigDict, ours: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files: what may be read under PyTorch's ``weights_only``, the published layout, and clear errors.
+"""Checkpoint files: what may be read under PyTorch's ``weights_only``, the layouts of our backbones, and clear errors.
 
 PyTorch's ``weights_only`` refuses the message hub that MMEngine stores beside the weights. `register` allows exactly
 the types of that hub. The readers never switch ``weights_only`` off, as PyTorch's download of state dicts does, and the
@@ -8,10 +8,13 @@ dict.
 
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -20,48 +23,71 @@ from mmengine import dist
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from .checkpoint_names import BACKBONE_PREFIX
+from .checkpoint_names import find_table
 
 
 class CheckpointError(RuntimeError):
     """A file cannot be read as a checkpoint."""
 
 
+class ForbiddenContentError(CheckpointError, pickle.UnpicklingError):
+    """A file is damaged, or holds types or code that are not allowed."""
+
+
 def register() -> None:
     """Makes the types of MMEngine's checkpoints known to PyTorch, and this module's readers known to MMEngine.
 
     The readers replace MMEngine's for local files and for HTTP in the whole process: they refuse what holds more than
-    plain values, turn every failure into one `CheckpointError` that names the file, and present the published
-    classification layout as that of a classifier. Other files pass through them unchanged.
+    plain values, and every failure to read is one `CheckpointError` that names the file. What holds none of this
+    package's backbones they hand on as it is. What does hold one is given the layout that MMEngine loads from:
+
+    - the weights under ``state_dict``, where they were under ``model``;
+    - names without ``module.``, which wrapped models put before them;
+    - the names of a published classifier, which have no prefix, as those of a model of a toolbox.
     """
     torch.serialization.add_safe_globals(_message_hub_globals())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
 
-def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Reads a local checkpoint, with the errors and the layout that `register` describes.
+def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
+    """Reads a local file, with the errors and the layout that `register` describes.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
+        CheckpointError: The file is damaged, or holds code or unknown types.
     """
-    return _present(read_local(filename, map_location), filename)
+    return _present(_read_local(filename, map_location), filename)
 
 
 def read_local(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Reads a local checkpoint as `load_from_local` does, but leaves its keys and names as they are.
+    """Reads a local checkpoint as it is.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
     """
+    checkpoint = _read_local(filename, map_location)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint, which is a dict with the key state_dict or model or with tensors, '
+            f'found a {type(checkpoint).__name__}'
+        )
+    if not any(isinstance(value, torch.Tensor) for value in get_weights(checkpoint).values()):
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint with tensors, found none; its keys are '
+            f'{", ".join(map(str, list(checkpoint)[:10])) or "none"}'
+        )
+    return checkpoint
+
+
+def _read_local(filename: str, map_location: str | torch.device | None) -> object:
     if not os.path.isfile(os.path.expanduser(filename)):
         raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
     return _read(_load_intact, filename, map_location)
 
 
-def _load_intact(filename: str, map_location: str | torch.device | None) -> dict:
+def _load_intact(filename: str, map_location: str | torch.device | None) -> object:
     """Reads a local file whose checksums are right, which ``torch.load`` does not look at."""
     path = os.path.expanduser(filename)
     if zipfile.is_zipfile(path):  # the format before PyTorch 1.6 has no checksums
@@ -73,16 +99,16 @@ def _load_intact(filename: str, map_location: str | torch.device | None) -> dict
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Downloads and reads a checkpoint, with the errors and the layout that `register` describes.
+def load_from_http(filename: str, map_location: str | torch.device | None = None) -> object:
+    """Downloads and reads a file, with the errors and the layout that `register` describes.
 
     Raises:
-        CheckpointError: The address cannot be read, or its file is not a checkpoint as in `load_from_local`.
+        CheckpointError: The address cannot be read, or its file cannot, as in `load_from_local`.
     """
     return _present(_read(_load_downloaded, filename, map_location), filename)
 
 
-def _load_downloaded(address: str, map_location: str | torch.device | None) -> dict:
+def _load_downloaded(address: str, map_location: str | torch.device | None) -> object:
     """Reads a file from PyTorch's folder of downloads; the process of rank 0 fetches it if it is not there yet."""
     path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
     first = dist.get_rank() == 0
@@ -96,13 +122,13 @@ def _load_downloaded(address: str, map_location: str | torch.device | None) -> d
     return _load_intact(str(path), map_location)
 
 
-def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> dict:
+def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> object:
     try:
         with torch.serialization.safe_globals([(_CfgNode, 'yacs.config.CfgNode')]):
-            checkpoint = load(filename, map_location=map_location)
+            return load(filename, map_location=map_location)
     except pickle.UnpicklingError as error:
         reason = str(error).partition('\n')[0]
-        raise CheckpointError(
+        raise ForbiddenContentError(
             f'{filename}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
             f'types or code which are not allowed ({reason})'
         ) from error
@@ -111,72 +137,93 @@ def _read(load: Callable, filename: str, map_location: str | torch.device | None
             f'{filename}: expected a checkpoint written by torch.save, found a file that cannot be read, truncated or '
             f'damaged perhaps ({type(error).__name__}: {error})'
         ) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(
-            f'{filename}: expected a checkpoint, which is a dict with the key state_dict or model or with tensors, '
-            f'found a {type(checkpoint).__name__}'
-        )
-    weights = get_weights(checkpoint)
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(
-            f'{filename}: expected a checkpoint with tensors, found none; its keys are '
-            f'{", ".join(map(str, list(checkpoint)[:10])) or "none"}'
-        )
-    return checkpoint
 
 
 def get_weights(checkpoint: dict) -> dict:
-    """Returns what a checkpoint holds under ``state_dict``, else under ``model``, else the checkpoint itself."""
-    return checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+    """Returns the dict that a checkpoint holds under ``state_dict``, else under ``model``, else the checkpoint."""
+    found = (checkpoint.get(key) for key in ('state_dict', 'model'))
+    return next((weights for weights in found if isinstance(weights, dict)), checkpoint)
 
 
-def _present(checkpoint: dict, filename: str) -> dict:
-    """Gives a checkpoint the layout that `register` describes, and the file's name."""
+def _present(checkpoint: object, filename: str) -> object:
+    """Gives a checkpoint of one of our backbones the layout that `register` describes, and the file's name."""
+    if not isinstance(checkpoint, dict):
+        return checkpoint
     weights = get_weights(checkpoint)
-    if 'state_dict' not in checkpoint and any('.state_fusion.' in str(name) for name in weights):
-        weights = _as_classifier(weights)
-        checkpoint = {'state_dict': weights}
+    table = find_table(name for name in weights if isinstance(name, str))
+    if table is not None:
+        others = {} if weights is checkpoint else checkpoint
+        weights = unwrap(weights)
+        if table.is_official(weights):
+            weights = OrderedDict((table.to_toolbox(name), value) for name, value in weights.items())
+        checkpoint = {key: value for key, value in others.items() if key != 'model'} | {'state_dict': weights}
     return _name_source(checkpoint, filename)
 
 
+def unwrap(weights: dict) -> OrderedDict:
+    """Returns a state dict without the ``module.`` that wrappers of models put before each name, metadata too."""
+
+    def renamed(names: dict) -> OrderedDict:
+        return OrderedDict((re.sub(r'^(module\.)+', '', name), value) for name, value in names.items())
+
+    result = renamed(weights)
+    if hasattr(weights, '_metadata'):  # versions of the modules, by which heads recognize old names
+        result._metadata = renamed(weights._metadata)
+    return result
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a state dict was read.
+
+    Attributes:
+        file: The file.
+        names: Names of its entries.
+    """
+
+    KEY: ClassVar[str] = 'checkpoint_source'
+    """Under which a module finds it in the metadata that it loads with."""
+
+    file: str
+    names: tuple[str, ...]
+
+
 class SourceMetadata(OrderedDict):
-    """The ``_metadata`` of a state dict, which tells every module that loads from it the file that it was read from.
+    """The ``_metadata`` of a state dict, which tells every module that loads from it where it was read.
 
     Args:
         metadata: The metadata that the file holds: a dict for each module's name.
-        filename: The file.
+        source: What it tells.
     """
 
-    KEY = 'checkpoint_file'
-
-    def __init__(self, metadata: dict, filename: str):
+    def __init__(self, metadata: dict, source: Source):
         super().__init__(metadata)
-        self.filename = filename
+        self.source = source
 
     def get(self, module: str, default: dict | None = None) -> dict:
-        """Returns a module's metadata, the name of the file among them."""
-        return {**super().get(module, default or {}), self.KEY: self.filename}
+        """Returns a module's metadata, the source among them."""
+        return {**super().get(module, default or {}), Source.KEY: self.source}
 
     def __reduce__(self):
         return OrderedDict, (dict(self),)
 
 
 def _name_source(checkpoint: dict, filename: str) -> dict:
-    """Attaches the file's name to the state dict, so that a module can refuse a file that matches nothing."""
+    """Attaches the file's name to what MMEngine takes for the state dict, so that a module can name it in an error."""
     weights = checkpoint.get('state_dict', checkpoint)
-    metadata = getattr(weights, '_metadata', {})
-    weights = OrderedDict(weights)
-    weights._metadata = SourceMetadata(metadata, filename)
-    return {**checkpoint, 'state_dict': weights} if 'state_dict' in checkpoint else weights
+    if not isinstance(weights, dict) or not (not weights or any(map(_holds_tensors, weights.values()))):
+        return checkpoint
+    named = weights if isinstance(weights, OrderedDict) else OrderedDict(weights)
+    named._metadata = SourceMetadata(getattr(weights, '_metadata', {}), Source(filename, tuple(map(str, weights))))
+    if weights is checkpoint:
+        return named
+    checkpoint['state_dict'] = named
+    return checkpoint
 
 
-def _as_classifier(weights: dict) -> dict:
-    """Renames published classification weights to the modules of an mmpretrain ``ImageClassifier``."""
-    head = 'head.'
-    return {
-        f'head.fc.{name.removeprefix(head)}' if name.startswith(head) else BACKBONE_PREFIX + name: tensor
-        for name, tensor in weights.items()
-    }
+def _holds_tensors(value: object) -> bool:
+    values = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(value, torch.Tensor) for value in values)
 
 
 class _CfgNode:

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from mmengine.analysis import complexity_analysis
 
 from .ops.flops import MULTIPLY_ADDS
@@ -24,8 +25,8 @@ def _handle(count: Callable) -> Callable[[list, list], Counter]:
 
 def _shape(value) -> tuple[int, ...]:
     """Returns the shape of a traced tensor; of anything else, ()."""
-    sizes = getattr(value.type(), 'sizes', None)
-    return tuple(sizes() or ()) if sizes else ()
+    kind = value.type()
+    return tuple(kind.sizes() or ()) if isinstance(kind, torch._C.TensorType) else ()
 
 
 HANDLES = {f'mmspatialmamba::{name}': _handle(count) for name, count in MULTIPLY_ADDS.items()}

@@ -23,8 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import get_weights, load_from_local
-from .models import SpatialMamba
-from .models.ssm import StructureAwareSSM
+from .models import Backbone
 from .ops import scan_states, state_fusion
 
 PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
@@ -55,7 +54,7 @@ def build_model(config: Config, checkpoint: str | None = None, seed: int = 0) ->
 
     Whatever weights the config itself names are left out: without ``checkpoint`` the model is as before any training.
     With one, ``model.dataset_meta`` holds the names of the classes, if the checkpoint does. The norms of a
-    `SpatialMamba`'s outputs, which a classifier's file lacks, keep their initial values then, as when a detector is
+    `Backbone`'s outputs, which a classifier's file lacks, keep their initial values then, as when a detector is
     trained from it.
 
     Args:
@@ -234,25 +233,31 @@ class SSMRecord:
         return state_fusion(self.h, self.taps)
 
 
-class _Recorder(TorchFunctionMode):
-    """Records the calls of the fused op whose turn is in ``turns``, counted from 0, while it is active."""
+RECORDS = {'structure_aware_ssm': SSMRecord}
+"""What is recorded of a call, by the op that is called: a class whose fields are the op's arguments and result."""
 
-    def __init__(self, turns: set[int]):
+
+class _Recorder(TorchFunctionMode):
+    """Records the calls of an op whose turn is in ``turns``, counted from 0, while it is active."""
+
+    def __init__(self, op: str, turns: set[int]):
         super().__init__()
+        self.op = getattr(torch.ops.mmspatialmamba, op)
+        self.record = RECORDS[op]
         self.turns = turns
         self.count = 0
         self.records: dict[int, SSMRecord] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.mmspatialmamba.structure_aware_ssm:
+        if func is self.op:
             if self.count in self.turns:
-                self.records[self.count] = SSMRecord(*(tensor.detach() for tensor in (*args, result)))
+                self.records[self.count] = self.record(*(tensor.detach() for tensor in (*args, result)))
             self.count += 1
         return result
 
 
-def last_blocks(backbone: SpatialMamba) -> list[tuple[int, int]]:
+def last_blocks(backbone: Backbone) -> list[tuple[int, int]]:
     """Returns stage and block, counted from 0, of the last block of each stage that the backbone has."""
     return [(index, len(stage.blocks) - 1) for index, stage in enumerate(backbone.stages)]
 
@@ -264,32 +269,21 @@ def record_ssm(
     """Runs the backbone once and returns what the SSMs of the named blocks computed.
 
     Args:
-        backbone: A `SpatialMamba`.
+        backbone: A `Backbone`.
         inputs: Image batch, as its ``forward`` takes it.
         blocks: Stage and block of each SSM, counted from 0.
 
     Raises:
         ValueError: The backbone is another one, or has no such block.
     """
-    if not isinstance(backbone, SpatialMamba):
-        raise ValueError(f'expected a SpatialMamba as backbone, found {type(backbone).__name__}')
-    turns = {
-        tuple(int(part) for part in name.split('.')[1:4:2]): turn
-        for turn, name in enumerate(
-            name for name, module in backbone.named_modules() if isinstance(module, StructureAwareSSM)
-        )
-    }
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f'expected a backbone of mmspatialmamba, found {type(backbone).__name__}')
+    places = [(index, block) for index, stage in enumerate(backbone.stages) for block in range(len(stage.blocks))]
+    turns = {place: turn for turn, place in enumerate(places)}
     for block in blocks:
         if tuple(block) not in turns:
             depths = ', '.join(str(len(stage.blocks)) for stage in backbone.stages)
             raise ValueError(f'expected a stage and a block among {depths} blocks of the stages, found {block}')
-    layers = [module for module in backbone.modules() if isinstance(module, StructureAwareSSM)]
-    # Where a layer has a hook, `is_fusable` puts no op in the place of the recorded one and those around it.
-    handles = [layer.in_proj.register_forward_hook(lambda *_: None) for layer in layers]
-    try:
-        with _Recorder({turns[tuple(block)] for block in blocks}) as recorder:
-            backbone(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _Recorder(backbone.CORE_OP, {turns[tuple(block)] for block in blocks}) as recorder:
+        backbone(inputs)
     return {tuple(block): recorder.records[turns[tuple(block)]] for block in blocks}

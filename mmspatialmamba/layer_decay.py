@@ -7,16 +7,16 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .models import SpatialMamba
+from .models import Backbone
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
 @ROOT_OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's constructor, with learning rates that shrink from the heads to the stem of a `SpatialMamba`.
+    """MMEngine's constructor, with learning rates that shrink from the heads to the stem of a `Backbone`.
 
-    A parameter of layer k of n (see `SpatialMamba.get_layer_depth`) learns at ``decay_rate ** (n - 1 - k)`` times the
+    A parameter of layer k of n (see `Backbone.get_layer_depth`) learns at ``decay_rate ** (n - 1 - k)`` times the
     rate that it has otherwise; what does not belong to the backbone keeps its rate. The backbone may be anywhere in the
     model. Every rule of MMEngine's constructor works as it does there, ``custom_keys`` with ``lr_mult`` among them.
 
@@ -39,7 +39,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Raises:
         ValueError: ``decay_rate`` or ``lr`` is missing or has a value that is not allowed, or the model has no
-            `SpatialMamba`.
+            `Backbone`.
     """
 
     def _validate_cfg(self) -> None:
@@ -63,11 +63,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def _scale(self, params: list[dict], model: nn.Module) -> None:
         backbones = {
-            f'{name}.' if name else '': part for name, part in model.named_modules() if isinstance(part, SpatialMamba)
+            f'{name}.' if name else '': part for name, part in model.named_modules() if isinstance(part, Backbone)
         }
         if not backbones:
             raise ValueError(
-                f'{type(self).__name__}: expected a model with a SpatialMamba, found none in {type(model).__name__}'
+                f'{type(self).__name__}: expected a model with a backbone of mmspatialmamba, found none in '
+                f'{type(model).__name__}'
             )
         names = {parameter: name for name, parameter in model.named_parameters()}
         rates = defaultdict(list)

@@ -1,12 +1,13 @@
 """Ops of Spatial-Mamba, registered with PyTorch's dispatcher under ``torch.ops.mmspatialmamba``.
 
-Needs PyTorch only; where MMEngine is missing, which ``mmspatialmamba`` needs, tools/benchmark.py imports this
-folder by itself.
+Needs PyTorch only: a process that loads an exported program imports this, without MMEngine or a toolbox.
 """
 
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
+from .layer_norm import layer_norm
+from .library import define_retired
 from .mlp import mlp
 from .scan_states import scan_states
 from .ssm_layer import ssm_layer
@@ -14,8 +15,9 @@ from .state_fusion import fusion_taps, state_fusion
 from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
+define_retired()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'scan_states', 'ssm_layer',
-    'state_fusion', 'structure_aware_ssm',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',
+    'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

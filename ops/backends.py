@@ -10,7 +10,7 @@ import torch
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
-TRITON_OPS = ('gated_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
+TRITON_OPS = ('depthwise_conv', 'gated_norm', 'layer_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
 """Ops whose folder has Triton kernels, which register themselves when they are imported."""
 BUILD = 'MMSPATIALMAMBA_BUILD_OPS=1 pip install --no-build-isolation --no-deps -e .'
 """Builds the C++ kernels in a checkout, or shows why they do not build, which pip hides otherwise."""
@@ -78,10 +78,10 @@ def _load_triton() -> str:
     try:
         import triton
     except ImportError as error:
-        return f'Triton cannot be imported ({error}): pip install "triton>=3.6"'
-    # Older versions are untested, and the first ones lack tuples of tensors and compile-time functions.
-    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 6):
-        return f'needs Triton 3.6 or later, found {triton.__version__}: pip install "triton>=3.6"'
+        return f'Triton cannot be imported ({error}): pip install "triton>=3.4"'
+    # Older versions lack tuples of tensors, or cannot index a tuple of constants.
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 4):
+        return f'needs Triton 3.4 or later, found {triton.__version__}: pip install "triton>=3.4"'
     for op in TRITON_OPS:
         importlib.import_module(f'.{op}.triton_kernels', __package__)
     return ''

@@ -14,6 +14,20 @@ from .backends import backends
 NAMESPACE = 'mmspatialmamba'
 LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
 
+RETIRED = {
+    'selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B) -> Tensor': 'scan_states',
+    'selective_scan_backward(Tensor dh, Tensor u, Tensor delta, Tensor A, Tensor B)'
+    ' -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB)': 'scan_states_backward',
+}
+"""Schemas that older versions had, and what the op is called now.
+
+An exported program stores name and overload of each op. These stay defined, only to raise: a new op of the same name
+gets an overload of its own, such as ``selective_scan.orders``, so that an old program never runs it.
+"""
+
+REFERENCES: dict[str, Callable] = {}
+"""For each op the kernel of last resort."""
+
 _warned_devices: set[str] = set()
 
 
@@ -55,8 +69,25 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
             return reference(*args)
 
     LIBRARY.define(schema)
+    REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=LIBRARY)
+
+
+def define_retired() -> None:
+    """Defines the ops of `RETIRED`, on every device and in every mode, as an error that says what to do."""
+    for schema, successor in RETIRED.items():
+        name = schema.partition('(')[0]
+
+        def kernel(*args, schema=schema, name=name, successor=successor):
+            raise RuntimeError(
+                f'{NAMESPACE}::{name}: this program was exported by an older version of mmspatialmamba, in which '
+                f'{NAMESPACE}::{schema} was what is {NAMESPACE}::{successor} now. Export the model again with this '
+                'version, or run the program with the version that exported it.'
+            )
+
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, kernel, 'CompositeImplicitAutograd')
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

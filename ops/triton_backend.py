@@ -36,3 +36,12 @@ def uniform_tokens(x: torch.Tensor) -> torch.Tensor:
     if x.ndim == 4:
         x = x.flatten(1, 2)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def launch(kernel, programs: int, *arguments, **constants) -> None:
+    """Launches a kernel as so many programs.
+
+    a·b + c is contracted to one instruction, which Triton's versions do not agree on as the default: without it the
+    kernels have up to a third more instructions, and results depend on the version.
+    """
+    kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)

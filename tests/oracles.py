@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import fusion_taps
+from mmspatialmamba.ops.library import REFERENCES
 from torch import nn
 
 SEQUENCE_LENGTHS = (1, 2, 3, 15, 16, 17, 53)
@@ -168,3 +169,17 @@ def relative_error(actual, expected):
     """Largest difference over the largest expected value."""
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return ((actual.to(expected.dtype) - expected).abs().max() / scale).item()
+
+
+def rms_error(actual, expected):
+    """Root-mean-square difference over the root mean square that is expected, both in the dtype of ``expected``."""
+    scale = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((actual.to(expected.dtype) - expected).norm() / scale).item()
+
+
+def use_references():
+    """Puts the references in the place of what serves the CPU, until `_destroy` of what is returned."""
+    library = torch.library.Library('mmspatialmamba', 'IMPL')
+    for name, kernel in REFERENCES.items():
+        library.impl(name, kernel, 'CPU')
+    return library

@@ -7,7 +7,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.checkpoint_names import OFFICIAL_TO_OWN, to_official, to_own
+from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
 DATA = Path(__file__).parent / 'data'
 ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
@@ -29,17 +29,17 @@ def log(caplog):
 
 def test_round_trip_is_lossless():
     state = official_detector()
-    own = {to_own(name): tensor for name, tensor in state.items()}
+    own = {SPATIAL_MAMBA.to_own(name): tensor for name, tensor in state.items()}
     assert set(own) == set(SpatialMamba(ARCH).state_dict())
-    again = {to_official(name): tensor for name, tensor in own.items()}
+    again = {SPATIAL_MAMBA.to_official(name): tensor for name, tensor in own.items()}
     assert list(again) == list(state)
     assert all(again[name] is tensor for name, tensor in state.items())
 
 
 def test_own_names_are_unchanged():
     for name in SpatialMamba(ARCH).state_dict():
-        assert to_own(name) == name
-    for official, own in OFFICIAL_TO_OWN:
+        assert SPATIAL_MAMBA.to_own(name) == name
+    for official, own in SPATIAL_MAMBA.pairs:
         assert official != own
 
 
@@ -51,7 +51,7 @@ def test_names_of_other_modules_are_unchanged():
         'patch_embed.conv2.10.weight',
         'outnormal.weight',
     ):
-        assert to_own(name) == name
+        assert SPATIAL_MAMBA.to_own(name) == name
 
 
 def test_loads_official_names_with_plain_pytorch(log):
@@ -59,7 +59,7 @@ def test_loads_official_names_with_plain_pytorch(log):
     model.load_state_dict(official_detector())
     official = official_detector()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, official[to_official(name)])
+        assert torch.equal(tensor, official[SPATIAL_MAMBA.to_official(name)])
     assert '206 of 206 tensors matched, 0 missing, 0 unexpected, 0 of another shape.' in log.text
 
 
@@ -109,3 +109,14 @@ def test_a_state_dict_of_another_backbone_raises():
     message = r'the state dict matches nothing: expected 206 tensors such as stem\.reduce\.conv\.weight.* found conv1'
     with pytest.raises(RuntimeError, match=message):
         SpatialMamba(ARCH).load_state_dict({'conv1.weight': torch.zeros(1)}, strict=False)
+
+
+@pytest.mark.parametrize('out_indices', [(3,), (0, 1, 2, 3)])
+def test_a_swin_file_under_its_authors_names_matches_nothing(out_indices):
+    state = {  # names that the table knows the beginnings of, with shapes that fit
+        'layers.0.blocks.0.norm1.weight': torch.zeros(16),
+        'layers.0.blocks.0.mlp.fc1.weight': torch.zeros(64, 16),
+        'norm.weight': torch.zeros(128),
+    }
+    with pytest.raises(RuntimeError, match=r'matches nothing.* found layers\.0\.blocks'):
+        SpatialMamba(ARCH, out_indices=out_indices).load_state_dict(state, strict=False)

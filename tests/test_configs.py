@@ -18,7 +18,7 @@ from torch import nn
 
 import mmspatialmamba
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.checkpoint_names import to_official
+from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -242,7 +242,7 @@ def test_no_decay_on_norms_and_vectors():
 
 def test_published_decay_exempts_what_is_named_norm_in_the_original():
     names = (name for name, _ in Detector().named_parameters())
-    expected = {name for name in names if 'norm' not in to_official(name.removeprefix('backbone.'))}
+    expected = {name for name in names if 'norm' not in SPATIAL_MAMBA.to_official(name.removeprefix('backbone.'))}
     assert decayed_names('mask_rcnn_sm_t_published_decay.py') == expected
     assert 'backbone.stages.0.blocks.0.norm1.weight' in expected
     assert 'backbone.out_norms.1.weight' not in expected

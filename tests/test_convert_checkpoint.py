@@ -225,7 +225,7 @@ def test_the_name_holds_the_hash_of_the_file_and_depends_on_the_content_only(run
         ((DETECTOR, 'out.pth', '--in-channels', '0'), 'argument --in-channels: expected at least 1, got 0'),
         ((DETECTOR, 'out.pth', '--weights', 'ema'), 'official_small_detector.pth: expected averaged weights'),
         ((TOOL, 'out.pth'), 'convert_checkpoint.py: expected a checkpoint'),
-        (('resnet.pth', 'out.pth'), 'resnet.pth: expected the weights of a Spatial-Mamba, with stem.reduce.conv'),
+        (('resnet.pth', 'out.pth'), 'resnet.pth: expected the weights of a backbone of mmspatialmamba, under own or'),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(args, message, run, tmp_path, monkeypatch, capsys):
@@ -279,7 +279,7 @@ def yacs_file(tmp_path, monkeypatch):
 def test_a_file_with_a_yacs_config_is_read(yacs_file, tmp_path):
     config = read_local(str(yacs_file))['config']
     assert config == {'MODEL': {'NAME': 'tiny', 'DROP_PATH_RATE': 0.2}, 'TAG': ['a', 1, None]}
-    assert load_from_local(str(yacs_file)).keys() == {'state_dict'}
+    assert load_from_local(str(yacs_file)).keys() == {'state_dict', 'optimizer', 'config', 'epoch'}
     result = convert_checkpoint.convert(read_local(str(yacs_file)), names='official')
     assert_same_weights(result['model'], load(CLASSIFICATION)['model'])
 

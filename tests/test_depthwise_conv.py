@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import depthwise_conv
+from mmspatialmamba.ops.depthwise_conv import split_gradient
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from oracles import GRIDS, conv_arguments, relative_error, require_grad
 
@@ -60,7 +61,8 @@ def test_gradients(options):
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
         expected = torch.autograd.grad(y, arguments, dy)
         detached = [x.detach() for x in arguments]
-        for one, other in zip(depthwise_conv_backward_reference(dy, *detached, **options), expected, strict=True):
+        dx, dparameters = depthwise_conv_backward_reference(dy, *detached, **options)
+        for one, other in zip((dx, *split_gradient(dparameters)), expected, strict=True):
             assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -68,6 +70,21 @@ def test_gradients(options):
 def test_opcheck(options):
     arguments = (*require_grad(*conv_arguments((4, 5))), *options.values())
     torch.library.opcheck(torch.ops.mmspatialmamba.depthwise_conv.default, arguments)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_no_bias_is_a_bias_of_zero(stride):
+    x, weight, bias = require_grad(*conv_arguments((4, 5)))
+    options = {'stride': stride, 'activation': 'silu'}
+    y, expected = depthwise_conv(x, weight, None, **options), depthwise_conv(x, weight, 0 * bias, **options)
+    assert torch.equal(y, expected)
+    for one, other in zip(
+        torch.autograd.grad(y.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+    ):
+        assert torch.equal(one, other)
+    torch.library.opcheck(
+        torch.ops.mmspatialmamba.depthwise_conv.default, (x, weight, None, stride, 'silu', False, False)
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -128,7 +145,7 @@ def test_faults_are_noticed():
         ({'x': torch.ones(2, 0, 4, 5)}, ValueError, 'at least one token and one channel'),
         ({'weight': torch.ones(5, 3, 3)}, ValueError, r'weight must have 4 dimensions'),
         ({'weight': torch.ones(4, 1, 3, 3)}, ValueError, r'weight must have shape \(5, 1, 3, 3\), got \(4, 1, 3, 3\)'),
-        ({'bias': None}, TypeError, 'bias must be a tensor, got NoneType'),
+        ({'bias': 1.0}, TypeError, 'bias must be a tensor, got float'),
         ({'stride': 3}, ValueError, 'stride must be 1 or 2, got 3'),
         ({'activation': 'gelu'}, ValueError, "activation must be one of none, silu, relu, got 'gelu'"),
         ({'stride': 2, 'residual': True}, ValueError, 'residual needs stride 1, got 2'),

@@ -8,7 +8,7 @@ from mmengine.runner import load_checkpoint
 from oracles import relative_error
 
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.checkpoint_names import to_own
+from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
 DATA = Path(__file__).parent / 'data'
 GOLDEN = torch.load(DATA / 'official_small_outputs.pth', weights_only=True)
@@ -51,4 +51,4 @@ def test_gradients(backbone, dtype, case):
     parameters = dict(backbone.named_parameters())
     assert case['grads']
     for name, expected in case['grads'].items():
-        assert relative_error(parameters[to_own(name)].grad, expected) < TOLERANCES[dtype], name
+        assert relative_error(parameters[SPATIAL_MAMBA.to_own(name)].grad, expected) < TOLERANCES[dtype], name

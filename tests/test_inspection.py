@@ -60,7 +60,7 @@ def test_unknown_block(block):
 
 
 def test_another_backbone_has_no_ssm():
-    with pytest.raises(ValueError, match='expected a SpatialMamba as backbone, found Identity'):
+    with pytest.raises(ValueError, match='expected a backbone of mmspatialmamba, found Identity'):
         record_ssm(torch.nn.Identity(), torch.rand(1, 3, 32, 32), [(0, 0)])
 
 

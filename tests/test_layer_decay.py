@@ -198,5 +198,5 @@ def test_an_optimizer_without_lr_raises():
 
 
 def test_a_model_without_the_backbone_raises():
-    with pytest.raises(ValueError, match='expected a model with a SpatialMamba, found none in Linear'):
+    with pytest.raises(ValueError, match='expected a model with a backbone of mmspatialmamba, found none in Linear'):
         build(nn.Linear(2, 2), decay_rate=0.5)

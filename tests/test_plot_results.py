@@ -2,19 +2,13 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 
 import pytest
 from mmengine.visualization import Visualizer
-from tool_runner import load_tool, refusal, run_tool
+from tool_runner import browser_page, load_tool, refusal, run_tool
 
 plot_results = load_tool('plot_results')
-
-BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-REQUIRE_BROWSER = 'MMSPATIALMAMBA_REQUIRE_BROWSER'
-"""Environment variable that turns a missing browser from a skip into a failure; CI sets it to 1."""
 
 
 def train(step, **values):
@@ -129,33 +123,14 @@ def test_runs_by_epoch_and_by_iteration_do_not_share_a_chart(run, tmp_path):
 
 
 def test_page_in_a_browser(run, benchmark, tmp_path, monkeypatch):
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    missing = [name for name, found in (('Playwright', sync_playwright), ('Chromium', executable)) if not found]
-    if missing:
-        hint = 'pip install playwright, apt-get install chromium'
-        reason = f'NOT LOOKED AT IN A BROWSER: {" and ".join(missing)} not found ({hint})'
-        pytest.fail(reason) if os.environ.get(REQUIRE_BROWSER) == '1' else pytest.skip(reason)
-
     path = tmp_path / 'page with spaces.html'
     run_tool(plot_results, run, benchmark, '--out', path, monkeypatch=monkeypatch)
-    asked, complaints = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=['--no-sandbox'])
-        page = browser.new_page(viewport={'width': 1200, 'height': 900})
-        page.on('request', lambda request: asked.append(request.url))
-        page.on('console', lambda message: complaints.append(message.text))
-        page.on('pageerror', lambda error: complaints.append(str(error)))
-        page.goto(path.as_uri())
+    with browser_page(path) as (page, complaints, asked):
         images = page.evaluate('[...document.images].map(i => [i.complete, i.naturalWidth, i.width])')
         page.set_viewport_size({'width': 500, 'height': 900})
         narrow = page.evaluate('[...document.images].map(i => i.getBoundingClientRect().right)')
         headings = page.locator('h2').all_inner_texts()
         rows = page.locator('table').last.locator('tr').count()
-        browser.close()
     assert [url for url in asked if not url.startswith('data:')] == [path.as_uri()]
     assert complaints == []
     assert headings == ['Training', 'Validation by epoch', 'Benchmark backbones.json']

@@ -11,8 +11,6 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.models import layers, ssm
-from mmspatialmamba.models.layers import ConvNorm
 from mmspatialmamba.models.ssm import StructureAwareSSM
 
 SMALL = {'embed_dims': 8, 'depths': (1, 1, 2, 1)}
@@ -54,112 +52,6 @@ def test_shapes_on_the_meta_device():
 
 def test_empty_batch():
     assert [out.shape[0] for out in small().eval()(image(batch=0))] == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize('bias', [False, True])
-def test_batchnorm_in_the_convolution_equals_the_two(bias):
-    torch.manual_seed(0)
-    layer = ConvNorm(3, 5, 3, stride=2, bias=bias).double()
-    layer(torch.randn(4, 3, 9, 8).double())  # moves the running statistics
-    nn.init.normal_(layer.norm.weight)
-    nn.init.normal_(layer.norm.bias)
-    layer.eval()
-    x = torch.randn(2, 3, 9, 8).double()
-    actual, expected = layer(x), layer.norm(layer.conv(x))
-    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-14)  # measured: 9e-16
-    parameters = list(layer.parameters())
-    gradients = torch.autograd.grad(actual.square().sum(), parameters)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), parameters))
-    layer.norm = nn.Identity()
-    assert torch.equal(layer(x), layer.conv(x))
-
-
-@pytest.fixture
-def layer_by_layer(monkeypatch):
-    """Turns the ops off that take the place of several layers."""
-
-    def turn_off():
-        for module in (layers, ssm):
-            monkeypatch.setattr(module, 'is_fusable', lambda *layers: False)
-
-    return turn_off
-
-
-@pytest.mark.parametrize('drop_path_rate', [0.0, 0.5])
-def test_ops_of_several_layers_equal_the_layers(drop_path_rate, layer_by_layer):
-    model, x = small(drop_path_rate=drop_path_rate).double(), image(70, 90, batch=4).double()
-
-    def run():
-        torch.manual_seed(1)
-        outputs = model(x)
-        return *outputs, *torch.autograd.grad(sum((out**3).sum() for out in outputs), tuple(model.parameters()))
-
-    fused = run()
-    layer_by_layer()
-    # Measured: 9.7e-15 relative; 3.6e-12 for the bias before a BatchNorm, which has no gradient but rounding.
-    torch.testing.assert_close(fused, run(), rtol=1e-11, atol=1e-9)
-
-
-LAYERS = ('norm1', 'norm2', 'ssm.in_proj', 'ssm.dwconv', 'ssm.x_proj', 'ssm.out_proj', 'mlp.fc1', 'mlp.act', 'mlp.fc2')
-
-
-CONVOLUTIONS = (
-    'stem.expand.conv', 'stem.expand.norm', 'stem.project.conv', 'stem.project.norm', 'stages.0.downsample.expand',
-    'stages.0.downsample.dwconv', 'stages.0.downsample.project.conv', 'stages.0.downsample.project.norm',
-)  # fmt: skip
-
-
-@pytest.mark.parametrize('everywhere', [False, True])
-@pytest.mark.parametrize('name', [*(f'stages.1.blocks.0.{name}' for name in LAYERS), *CONVOLUTIONS])
-def test_a_hooked_layer_is_called(name, everywhere):
-    model, x = small().eval().double(), image().double()
-    expected = model(x)
-    layer = model.get_submodule(name)
-    called = []
-
-    def hook(module, *_):
-        if module is layer:
-            called.append(module)
-
-    register = nn.modules.module.register_module_forward_hook if everywhere else layer.register_forward_hook
-    handle = register(hook)
-    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
-    handle.remove()
-    assert called == [layer]
-
-
-class Adapter(nn.Module):
-    """A low-rank adapter as its libraries write it: it passes the weight of the layer inside for its own."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    def forward(self, x):
-        return 2 * self.base(x)
-
-
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize(
-    'name', [name for name in (*(f'stages.1.blocks.0.{name}' for name in LAYERS), *CONVOLUTIONS) if 'norm' not in name]
-)
-def test_a_replaced_layer_is_called(name, training):
-    model, x = small(drop_path_rate=0.0).train(training), image()
-    layer, called = model.get_submodule(name), []
-    replacement = Adapter(layer) if hasattr(layer, 'weight') else nn.ReLU()
-    replacement.register_forward_hook(lambda *_: called.append(replacement))
-    parent, _, attribute = name.rpartition('.')
-    setattr(model.get_submodule(parent), attribute, replacement)
-    model(x)
-    assert called == [replacement]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +121,9 @@ def test_frozen_stages(frozen):
         is_frozen = index <= frozen
         assert all(p.requires_grad != is_frozen for p in part.parameters())
         assert all(m.training != is_frozen for m in part.modules() if isinstance(m, nn.BatchNorm2d))
-    assert all(p.requires_grad for p in model.out_norms.parameters())
+    for index, norm in model.out_norms.items():  # with their stage, as mmdet's Swin freezes them
+        assert all(p.requires_grad != (int(index) < frozen) for p in norm.parameters())
+        assert norm.training != (int(index) < frozen)
 
 
 def test_norm_eval_keeps_statistics():
@@ -311,7 +205,7 @@ def test_evaluation_after_a_move_is_not_stale():
 def test_backward_in_evaluation_mode():
     model = small().eval()
     x = image().requires_grad_()
-    model(x)[3].sum().backward()
+    (model(x)[3] ** 3).sum().backward()  # the plain sum of normalized values is constant
     assert x.grad.abs().sum() > 0
     assert model.stages[0].blocks[0].ssm.state_fusion.alpha.grad.abs().sum() > 0
 
@@ -328,7 +222,7 @@ def test_copies_and_pickles():
 
 def test_nothing_of_the_inner_width_is_cached():
     module = StructureAwareSSM(4)
-    module(torch.randn(1, 3, 3, 4), nn.LayerNorm(4))
+    module(torch.randn(1, 3, 3, 4))
     assert set(module.state_fusion.__dict__) == set(nn.Module().__dict__)
 
 

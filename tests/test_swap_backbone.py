@@ -451,7 +451,7 @@ def test_other_refusals():
         swap_backbone({'model': {}})
     with pytest.raises(ValueError, match='cannot measure the maps of the backbone NoNet: KeyError'):
         swap_backbone(retinanet(type='NoNet'))
-    with pytest.raises(ValueError, match=r'ResNet has maps at strides \[4, 8, 16, 16\], Spatial-Mamba at'):
+    with pytest.raises(ValueError, match=r'ResNet has maps at strides \[4, 8, 16, 16\], SpatialMamba at'):
         swap_backbone(retinanet(strides=(1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r'neck FPN states in_channels \[64, 128, 256, 512\]; expected .* \[64, 128\]'):
         swap_backbone(retinanet(out_indices=(0, 1)))

@@ -1,6 +1,9 @@
 """Runs tools in this process."""
 
+import contextlib
 import importlib.util
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -8,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+REQUIRE_BROWSER = 'MMSPATIALMAMBA_REQUIRE_BROWSER'
+"""Environment variable that turns a missing browser from a skip into a failure; CI sets it to 1."""
 
 
 def load_tool(name: str) -> types.ModuleType:
@@ -33,3 +40,33 @@ def refusal(tool: types.ModuleType, *args, monkeypatch, capsys) -> str:
     lines = capsys.readouterr().err.splitlines()[-1:] if stop.value.code == 2 else stop.value.code.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+@contextlib.contextmanager
+def browser_page(path: Path):
+    """Opens a page of a tool in Chromium; skips where there is none, unless the environment asks for it.
+
+    Yields:
+        Playwright's page, what the browser complained about, and the addresses that it asked for.
+    """
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    missing = [name for name, found in (('Playwright', sync_playwright), ('Chromium', executable)) if not found]
+    if missing:
+        hint = 'pip install playwright, apt-get install chromium'
+        reason = f'NOT LOOKED AT IN A BROWSER: {" and ".join(missing)} not found ({hint})'
+        pytest.fail(reason) if os.environ.get(REQUIRE_BROWSER) == '1' else pytest.skip(reason)
+
+    asked, complaints = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=['--no-sandbox'])
+        page = browser.new_page(viewport={'width': 1200, 'height': 900})
+        page.on('request', lambda request: asked.append(request.url))
+        page.on('console', lambda message: complaints.append(message.text))
+        page.on('pageerror', lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        yield page, complaints, asked
+        browser.close()

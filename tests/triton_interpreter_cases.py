@@ -6,7 +6,9 @@ dtype over all shapes, against the reference in float64; and ``checks``, what el
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -14,17 +16,23 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
+from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
-from oracles import SEQUENCE_LENGTHS, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
+    'depthwise_conv': ('y',),
+    'depthwise_conv_backward': ('dx', 'dparameters'),
     'gated_norm': ('out',),
-    'gated_norm_backward': ('dy', 'dz', 'dweight', 'dbias', 'out'),
+    'gated_norm_backward': ('dy', 'dz', 'dparameters', 'out'),
+    'layer_norm': ('out', 'mean', 'inverse'),
+    'layer_norm_backward': ('dx', 'dparameters'),
     'scan_states': ('h',),
     'scan_states_backward': ('du', 'ddelta', 'dA', 'dB'),
     'state_fusion': ('g',),
@@ -32,7 +40,7 @@ OUTPUTS = {
     'structure_aware_ssm': ('y',),
     'structure_aware_ssm_backward': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD', 'dtaps'),
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dweight', 'dbias'}
+FLOAT32 = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters', 'mean', 'inverse'}
 """Outputs in float32 whatever the dtype of the maps."""
 errors: dict[str, dict[str, float]] = {}
 checks: dict[str, bool] = {}
@@ -63,7 +71,10 @@ def quicken_interpreter():
 
     interpreter.ScanOps.generic_scan = scan_rows
     call = interpreter.InterpretedFunction.__call__
-    ours = {id(module.__dict__) for module in (triton_scan, triton_fusion, triton_gated_norm)}
+    ours = {
+        id(module.__dict__)
+        for module in (triton_scan, triton_fusion, triton_gated_norm, triton_layer_norm, triton_conv)
+    }
 
     def call_device_function(self, *args, **kwargs):
         if id(self.fn.__globals__) in ours:
@@ -75,10 +86,13 @@ def quicken_interpreter():
 
 def shrink_blocks():
     """Makes blocks so small that small shapes need several; the launch configurations are compiled elsewhere."""
-    triton_scan.BLOCK_L = triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
-    triton_scan.BLOCK_CHUNKS = 2
+    triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
+    triton_scan.MIN_LENGTH, triton_scan.GROUP, triton_scan.GROUP_BACKWARD = 16, 4, 2
+    triton_scan.COMBINE_BLOCK = (2, 8)
+    triton_scan.DOT_BLOCK = (16, 16)
     triton_fusion.BLOCK_W = (8, 16)
-    triton_gated_norm.BLOCK_VALUES = 64
+    triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
+    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, 2
 
 
 def run(name, *arguments):
@@ -87,14 +101,22 @@ def run(name, *arguments):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def as_float64(argument):
+    if isinstance(argument, torch.Tensor):
+        return argument.double()
+    return torch.float64 if isinstance(argument, torch.dtype) else argument
+
+
 def compare(name, *arguments):
     """Returns the relative error of each output of an op, after a look at shapes, dtypes and layout."""
     outputs = run(name, *arguments)
-    expected = IMPLEMENTATIONS[name][1](*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    expected = IMPLEMENTATIONS[name][1](*map(as_float64, arguments))
     expected = expected if isinstance(expected, tuple) else (expected,)
+    given = [x for x in arguments if isinstance(x, torch.dtype)]
+    maps = given[0] if given else arguments[name.endswith('_backward')].dtype
     found = {}
     for label, actual, wanted in zip(OUTPUTS[name], outputs, expected, strict=True):
-        dtype = torch.float32 if label in PARAMETER_GRADIENTS else arguments[0].dtype
+        dtype = torch.float32 if label in FLOAT32 else maps
         assert actual.shape == wanted.shape, f'{name} {label}: {actual.shape}, expected {wanted.shape}'
         assert actual.dtype == dtype, f'{name} {label}: {actual.dtype}, expected {dtype}'
         assert actual.is_contiguous(), f'{name} {label} is not contiguous'
@@ -104,11 +126,15 @@ def compare(name, *arguments):
 
 def record(name, gradient, *arguments, backward_only=()):
     """Compares an op and its backward with the references and keeps the largest errors of the dtype."""
-    dtype = str(arguments[0].dtype).removeprefix('torch.')
-    for op, call in ((name, arguments), (f'{name}_backward', (gradient, *arguments, *backward_only))):
-        kept = errors.setdefault(f'{op} {dtype}', {})
-        for label, error in compare(op, *call).items():
-            kept[label] = max(kept.get(label, 0.0), error)
+    keep_errors(name, arguments[0].dtype, *arguments)
+    keep_errors(f'{name}_backward', arguments[0].dtype, gradient, *arguments, *backward_only)
+
+
+def keep_errors(op, dtype, *arguments):
+    """Compares an op with its reference and keeps the largest errors of the dtype."""
+    kept = errors.setdefault(f'{op} {str(dtype).removeprefix("torch.")}', {})
+    for label, error in compare(op, *arguments).items():
+        kept[label] = max(kept.get(label, 0.0), error)
 
 
 def noise(like):
@@ -124,6 +150,79 @@ def fusion_arguments(batch, grid, channels, dtype=torch.float32):
     taps = torch.randn(25, channels, generator=torch.Generator().manual_seed(3))
     h = torch.randn(batch, *grid, channels, generator=torch.Generator().manual_seed(4))
     return h.to(dtype), taps
+
+
+def conv_cases():
+    for stride, activation, relu_input, residual in itertools.product(
+        (1, 2), ('none', 'silu', 'relu'), (False, True), (False, True)
+    ):
+        if residual and stride != 1:
+            continue
+        record_conv((4, 5), 10, torch.float32, stride, activation, relu_input, residual)
+    for grid, channels in (((1, 1), 5), ((1, 21), 3), ((9, 1), 3), ((3, 2), 32), ((8, 4), 8)):
+        record_conv(grid, channels, torch.float32, 1, 'silu', False, True)
+        record_conv(grid, channels, torch.float32, 2, 'relu', True, False)
+    for dtype in (torch.bfloat16, torch.float16):
+        record_conv((6, 5), 10, dtype, 1, 'silu', False, False)
+        record_conv((6, 5), 10, dtype, 1, 'none', False, True)
+        record_conv((6, 5), 10, dtype, 2, 'relu', True, False)
+
+    x, weight, bias = conv_arguments((5, 6), 12, torch.float32)
+    silu, relu = (1, 'silu', False, False), (2, 'relu', True, False)
+    gradient = torch.ones(1).expand(x.shape)
+    halves = torch.cat((x, x), -1)[..., 12:]
+    permuted = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    cropped = torch.nn.functional.pad(x, (0, 0, 1, 2, 2, 0))[:, 2:, 1:-2]
+    for same in (halves, permuted, cropped, x[:1].expand(2, -1, -1, -1)):
+        record('depthwise_conv', gradient, same, weight, bias, *silu)
+    scattered = torch.stack((weight, weight), -1)[..., 0]
+    record('depthwise_conv', gradient, halves, scattered, bias.repeat_interleave(2)[::2], *silu)
+    record('depthwise_conv', gradient, halves, weight, None, *silu)
+    triton_conv.TARGET_PROGRAMS = 5  # several tiles each, the last ones beyond the end
+    record('depthwise_conv', gradient, halves, weight, bias, *silu)
+    record('depthwise_conv', gradient[:, :3, :3], halves, weight, bias, *relu)
+
+    first, second = (run('depthwise_conv_backward', gradient, halves, weight, bias, *silu) for _ in range(2))
+    checks['conv: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    checks['conv: a slice of a wider map is no copy'] = triton_conv._pixels(halves).data_ptr() == halves.data_ptr()
+    spoilt = halves.clone()
+    spoilt[0, 3, 4, 2] = float('nan')
+    outputs = [run('depthwise_conv', spoilt, weight, bias, *options)[0] for options in (silu, relu)]
+    wanted = [triton_conv.depthwise_conv_reference(spoilt, weight, bias, *options) for options in (silu, relu)]
+    checks['conv: NaN where the reference has it'] = all(
+        bool(one.isnan().any()) and torch.equal(one.isnan(), other.isnan())
+        for one, other in zip(outputs, wanted, strict=True)
+    )
+    inside = triton_conv._inside
+    triton_conv._inside = _inside_rows
+    checks['conv: a padding that wraps around is seen'] = compare('depthwise_conv', x, weight, bias, *silu)['y'] > 1e-2
+    triton_conv._inside = inside
+    load_bias = triton_conv._load_bias
+    triton_conv._load_bias = _load_no_bias
+    lost = compare('depthwise_conv_backward', gradient, x, weight, bias, *silu)
+    checks['conv: a dropped bias is seen'] = (
+        min(compare('depthwise_conv', x, weight, bias, *silu)['y'], lost['dx'], lost['dparameters']) > 1e-2
+    )
+    triton_conv._load_bias = load_bias
+    conv_offset_case()
+
+
+def record_conv(grid, channels, dtype, stride, *options):
+    x, weight, bias = conv_arguments(grid, channels, dtype, batch=1)
+    gradient = noise(torch.empty(1, -(-grid[0] // stride), -(-grid[1] // stride), channels, dtype=dtype))
+    record('depthwise_conv', gradient, x, weight, bias, stride, *options)
+
+
+@triton.jit
+def _inside_rows(n, y, x, channels, N, H, W):
+    """Takes the last pixel of the row above for the one left of a row."""
+    row = (n < N) & (y >= 0) & (y < H) & ((n * H + y) * W > 0)
+    return (row & (x < W))[:, None] & channels[None, :]
+
+
+@triton.jit
+def _load_no_bias(bias_ptr, e, channels, WITH_BIAS: tl.constexpr):
+    return tl.zeros((1, e.shape[0]), tl.float32)
 
 
 def norm_cases():
@@ -172,6 +271,73 @@ def _normalize_uncentred(y, inside, E, eps):
     return y * inverse, inverse
 
 
+def layer_norm_cases():
+    for shape, dtype, out_dtype in (
+        ((1, 1, 5), torch.float32, torch.float32),
+        ((2, 3, 2, 16), torch.float32, torch.float32),
+        ((9, 70), torch.float32, torch.float32),
+        ((2, 4, 5, 20), torch.bfloat16, torch.bfloat16),
+        ((2, 4, 5, 20), torch.float16, torch.float16),
+        ((2, 4, 5, 20), torch.float32, torch.bfloat16),
+        ((2, 4, 5, 20), torch.float16, torch.bfloat16),
+    ):
+        x, _, weight, bias = norm_arguments(shape[1:-1], shape[-1], dtype, batch=shape[0])
+        record_layer_norm(x, weight, bias, 1e-5, out_dtype)
+
+    x, _, weight, bias = norm_arguments((3, 9), 20, torch.float32)
+    halves = torch.cat((x, x), -1)[..., 20:]
+    permuted = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for same in (halves, permuted, x[:1].expand(2, -1, -1, -1)):
+        record_layer_norm(same, weight.repeat_interleave(2)[::2], bias, 0.1, torch.float32)
+    for some in ((None, None), (weight, None), (None, bias)):
+        record_layer_norm(x, *some, 1e-5, torch.float32)
+    triton_layer_norm.TARGET_PROGRAMS = 5  # several tiles each, the last one beyond the end
+    backward = record_layer_norm(x, weight, bias, 1e-5, torch.float32)
+
+    first, second = (run('layer_norm_backward', *backward) for _ in range(2))
+    checks['layer norm: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    spoilt = x.clone()
+    spoilt[0, 1, 2] = float('nan')
+    (out, *_), (clean, *_) = (run('layer_norm', one, weight, bias, 1e-5, torch.float32) for one in (spoilt, x))
+    checks['layer norm: NaN stays in its token'] = bool(out.isnan().sum() == 20 and out[0, 1, 2].isnan().all())
+    out[0, 1, 2] = clean[0, 1, 2]
+    checks['layer norm: NaN stays in its token'] &= torch.equal(out, clean)
+    load_row = triton_layer_norm._load_row
+    triton_layer_norm._load_row = _load_default
+    lost = compare('layer_norm', x, weight, bias, 1e-5, torch.float32)['out']
+    checks['layer norm: a dropped weight is seen'] = min(lost, compare('layer_norm_backward', *backward)['dx']) > 1e-2
+    triton_layer_norm._load_row = load_row
+    locate = triton_layer_norm._locate
+    triton_layer_norm._locate = _locate_all
+    checks['layer norm: channels beyond the last are seen'] = (
+        compare('layer_norm', x[..., :19].contiguous(), weight[:19], bias[:19], 1e-5, torch.float32)['out'] > 1e-2
+    )
+    triton_layer_norm._locate = locate
+    layer_norm_offset_case()
+
+
+def record_layer_norm(x, weight, bias, eps, dtype):
+    """Keeps the errors of both ops under the dtype of the output; returns the arguments of backward."""
+    keep_errors('layer_norm', dtype, x, weight, bias, eps, dtype)
+    _, *statistics = run('layer_norm', x, weight, bias, eps, dtype)
+    backward = (noise(torch.empty(x.shape, dtype=dtype)), x, *statistics, weight, bias)
+    keep_errors('layer_norm_backward', dtype, *backward)
+    return backward
+
+
+@triton.jit
+def _load_default(ptr, E, default, EXISTS: tl.constexpr, BLOCK_E: tl.constexpr):
+    return tl.full((1, BLOCK_E), default, tl.float32)
+
+
+@triton.jit
+def _locate_all(tile, tokens, E, EXACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Takes the first channels of the next token for more channels of the last, where there is a next token."""
+    t = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    return t, t[:, None] * E + e[None, :], (t < tokens - 2)[:, None] & (e < BLOCK_E)[None, :]
+
+
 def scan_cases():
     for dtype in DTYPES:
         for length in SEQUENCE_LENGTHS if dtype == torch.float32 else (17, 53):
@@ -184,7 +350,7 @@ def scan_cases():
     record('scan_states', gradient, *arguments)
     triton_scan.TARGET_PROGRAMS = 1  # one chunk
     record('scan_states', gradient, *arguments)
-    triton_scan.TARGET_PROGRAMS = 2048
+    triton_scan.TARGET_PROGRAMS = 4096
 
     wide = torch.randn(2, 20, 53, 2, generator=torch.Generator().manual_seed(5))
     u = wide[..., 0].transpose(1, 2)  # permuted, every second value
@@ -249,9 +415,9 @@ def fusion_cases():
 
 
 @triton.jit
-def _load_zero(h_ptr, n, y, x, e, H, W, E):
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, inside, E)
+def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE):
+    mask = ((y >= 0) & (y < H) & (x >= 0) & (x < W))[:, None] & inside[None, :]
+    return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, mask, E, WIDE)
 
 
 def ssm_cases():
@@ -294,65 +460,106 @@ def ssm_cases():
 
 
 @triton.jit
-def _project_without_bias(dt_ptr, weight_ptr, bias_ptr, n, t, e, L, E, sn, st, RANK, BLOCK_R, USE_DOT):
-    pre = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
-    for r in tl.static_range(RANK):
-        weight = tl.load(weight_ptr + r * E + e, mask=e < E, other=0.0)
-        pre += triton_scan._load_tokens(dt_ptr + r, n, t, L, sn, st)[:, None] * weight[None, :]
+def _project_without_bias(dt_ptr, weights, bias):
+    pre = 0.0 * bias
+    for r in tl.static_range(len(weights)):
+        pre += tl.load(dt_ptr + r).to(tl.float32) * weights[r]
     return pre
 
 
 @triton.jit
 def _far_scan_kernel(
-    x_ptr, y_ptr, tokens_ptr, out_ptr, n, t0, L, E, stride_n, stride_t, far, far_token, T: tl.constexpr
-):
-    t = t0 + tl.arange(0, T)
-    e = tl.arange(0, T)
-    n = n.to(tl.int64)
-    tile = triton_scan._load_tile(x_ptr - far, n, t, e, L, E)
-    tokens = triton_scan._load_tokens(tokens_ptr - far_token, n, t, L, stride_n, stride_t)
-    rank = triton_scan._load_low_rank(tokens_ptr - far_token, n, t, e, L, stride_n, stride_t, T)
-    triton_scan._store_tile(y_ptr - far, tile, n, t, e, L, E)
-    tl.store(out_ptr + tl.arange(0, T), tokens + tl.sum(rank, 1))
+    u_ptr, dt_ptr, B_ptr, weight_ptr, A_ptr, start_ptr, h_ptr, L, length, stride_n, first_map, first_token, place,
+    E: tl.constexpr, STRIDE: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    triton_scan.scan_kernel(
+        u_ptr - first_map, dt_ptr - first_token, B_ptr - first_token, weight_ptr, A_ptr, A_ptr, start_ptr - place,
+        h_ptr - first_map, L, length, stride_n, stride_n, E, STRIDE, STRIDE, 1, BLOCK_E, GROUP,
+    )  # fmt: skip
 
 
 @triton.jit
 def _far_fusion_kernel(
-    x_ptr, y_ptr, tokens_ptr, out_ptr, n, y, H, W, E, stride_n, stride_t, far, far_token, T: tl.constexpr
+    h_ptr, taps_ptr, g_ptr, H, W, E, first, WIDE: tl.constexpr, BLOCK_H: tl.constexpr, T: tl.constexpr
 ):
-    x = tl.arange(0, T)
-    n = n.to(tl.int64)
-    start = (n * H + y) * W
-    tile = triton_fusion._load(x_ptr - far, start, x, x, x < W, E)
-    tokens = triton_fusion._load_tokens(tokens_ptr - far_token, n, y.to(tl.int64) * W + x, x < W, stride_n, stride_t)
-    triton_fusion._store(y_ptr - far, tile, start, x, x, x < W, E)
-    tl.store(out_ptr + x, tl.reshape(tokens, (T,)))
+    triton_fusion.fusion_kernel(
+        h_ptr - first, taps_ptr, g_ptr - first, h_ptr, h_ptr, h_ptr, H, W, E, 0, 0, False, True, WIDE, BLOCK_H, T, T
+    )
+
+
+@contextlib.contextmanager
+def program(number):
+    """Lets every program of a launch believe that it has this number."""
+    handle = interpreter.TensorHandle(np.array([number], dtype=np.int32), tl.int32)
+    interpreter.interpreter_builder.create_get_program_id = lambda axis: handle
+    yield
+    del interpreter.interpreter_builder.create_get_program_id
 
 
 def offset_cases():
-    """Lets the kernels' loads and stores address tokens far beyond 2^31 elements of a small buffer.
+    """Lets whole kernels work on tokens far beyond 2^31 elements of a small buffer.
 
-    The pointer is moved back by the offset as Python computes it: arithmetic of 32 bits would end elsewhere, in memory
-    that is not ours as a rule.
+    The pointers are moved back by the offset as Python computes it: arithmetic of 32 bits would end elsewhere, in
+    memory that is not ours as a rule.
     """
-    T, E, n = 16, 1024, 3
-    x = torch.randn(T, E)
-    tokens = torch.randn(T, 2 * T)
-    for name, kernel, place, shape in (
-        ('scan', _far_scan_kernel, 2**24 - T, (2**24, E)),
-        ('fusion', _far_fusion_kernel, 2**12 - 1, (2**12, 2**12, E)),
+    T, E, n, L = 16, 1024, 3, 2**24
+    chunk, block, chunks = 2**19, 5, L // T
+    u, start, weight, h = torch.randn(T, E), torch.randn(1, E), torch.randn(1, E), torch.zeros(T, E)
+    A, steps = -torch.rand(E), torch.randn(T, 40)  # dt and B are the first two values of each token
+    first, stride_n = n * L + chunk * T, L * 40
+    far_token = n * stride_n + chunk * T * 40
+    with program((n * chunks + chunk) * (E // T) + block):
+        _far_scan_kernel[(1,)](
+            u, steps, steps[:, 1:], weight, A, start, h, L, T, stride_n, first * E, far_token, (n * chunks + chunk) * E,
+            E=E, STRIDE=40, BLOCK_E=T, GROUP=4,
+        )  # fmt: skip
+    delta = torch.nn.functional.softplus(steps[:, :1] * weight + A).double()
+    state, wanted = start[0].double(), []
+    for t in range(T):
+        state = torch.exp(delta[t] * A) * state + delta[t] * steps[t, 1] * u[t]
+        wanted.append(state)
+    own = slice(block * T, block * T + T)
+    assert min(first * E, far_token) > 2**31
+    checks['scan: offsets beyond 2^31'] = bool(
+        relative_error(h[:, own].double(), torch.stack(wanted)[:, own]) < 1e-6 and h.count_nonzero() == T * T
+    )
+
+    found = []
+    for H, W, rows, columns, row, column, wide in (
+        (2**22, T, 20, T, 2**21, 0, False),  # many rows
+        (1, 2**22, 1, T + 10, 0, 2**21, True),  # one long row
     ):
-        first = n * 2**24 + (place if name == 'scan' else place * 2**12)
-        stride_n, stride_t = 2**24 * 8 * T, 2 * T
-        far_token = n * stride_n + (first - n * 2**24) * stride_t
-        y, out = torch.zeros(T, E), torch.zeros(T)
-        kernel[(1,)](x, y, tokens, out, n, place, *shape, stride_n, stride_t, first * E, far_token, T=T)
-        wanted = tokens[:, 0] + (tokens[:, :T].sum(1) if name == 'scan' else 0)
-        assert first * E > 2**35
-        assert far_token > 2**32
-        checks[f'{name}: offsets beyond 2^31'] = bool(
-            torch.equal(y[:, :T], x[:, :T]) and torch.allclose(out, wanted, atol=1e-5)
-        )
+        h, g, taps = torch.randn(rows, columns, E), torch.zeros(rows, columns, E), torch.randn(25, E)
+        above, before = (8 if rows > 1 else 0), (5 if columns > T else 0)
+        far = ((n * H + row - above) * W + column - before) * E
+        blocks_down, blocks_across = -(-H // 4), W // T
+        with program(((n * blocks_down + row // 4) * blocks_across + column // T) * (E // T) + block):
+            _far_fusion_kernel[(1,)](h, taps, g, H, W, E, far, WIDE=wide, BLOCK_H=4, T=T)
+        inner = (slice(above, above + 4), slice(before, before + T), slice(block * T, block * T + T))
+        wanted = IMPLEMENTATIONS['state_fusion'][1](h[None].double(), taps.double())[0][inner]
+        assert far > 2**32
+        found.append(relative_error(g[inner].double(), wanted) < 1e-6 and g.count_nonzero() == wanted.numel())
+    checks['fusion: offsets beyond 2^31'] = all(map(bool, found))
+
+
+@triton.jit
+def _far_conv_kernel(x_ptr, y_ptr, n, y, x, H, W, E, stride_t, far, far_out, T: tl.constexpr):
+    e = tl.arange(0, T)
+    n = n.to(tl.int64)
+    start, pitch = triton_conv._start(n, y, x, H, W, stride_t)
+    out_start, out_pitch = triton_conv._start(n, y, x, H, W, E)
+    inside = triton_conv._inside(n, y, x + e, e < E, n + 1, H, W)
+    tile = triton_conv._load(x_ptr - far + (start + pitch), e, e, inside, stride_t)
+    triton_conv._store(y_ptr - far_out + (out_start + out_pitch), tile, e, e, inside, E)
+
+
+def conv_offset_case():
+    """The same for the depthwise convolution, whose pixels have one number over all images."""
+    T, E, side, n = 16, 1024, 2**12, 3
+    x, y = torch.randn(T, 2 * E), torch.zeros(T, E)
+    first = (n * side + side - 1) * side + side - T
+    _far_conv_kernel[(1,)](x, y, n, side - 2, side - T, side, side, E, 2 * E, first * 2 * E, first * E, T=T)
+    checks['conv: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T]) and not y[:, T:].any()
 
 
 @triton.jit
@@ -376,11 +583,29 @@ def norm_offset_case():
     checks['norm: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T] + z[:, :T]) and not y[:, T:].any()
 
 
+@triton.jit
+def _far_layer_norm_kernel(x_ptr, y_ptr, tile, tokens, E, far, T: tl.constexpr):
+    _, offset, inside = triton_layer_norm._locate(tile, tokens, E, False, T, T)
+    tl.store(y_ptr - far + offset, tl.load(x_ptr - far + offset, mask=inside), mask=inside)
+
+
+def layer_norm_offset_case():
+    """The same for LayerNorm."""
+    T, E, tile = 16, 1024, 2**20 * 3
+    x, y = torch.randn(T, E), torch.zeros(T, E)
+    _far_layer_norm_kernel[(1,)](x, y, tile, (tile + 1) * T, E, tile * T * E, T=T)
+    checks['layer norm: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T]) and not y[:, T:].any()
+
+
 if __name__ == '__main__':
     quicken_interpreter()
     shrink_blocks()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
-    {'norm': norm_cases, 'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases}[sys.argv[1]]()
+    groups = {
+        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'scan': scan_cases,
+        'fusion': fusion_cases, 'ssm': ssm_cases,
+    }  # fmt: skip
+    groups[sys.argv[1]]()
     print(json.dumps({'errors': errors, 'checks': checks}))

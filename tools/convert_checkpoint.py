@@ -24,19 +24,14 @@ import hashlib
 import io
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from mmspatialmamba.checkpoint import CheckpointError, get_weights, read_local
-from mmspatialmamba.checkpoint_names import BACKBONE_PREFIX, CLASSIFIER_NORM, to_official, to_own
-
-STEM = 'stem.reduce.conv.weight'
-"""Own name of the one parameter whose shape depends on the number of image channels."""
-
-CLASSIFIER_NAMES = ((f'{CLASSIFIER_NORM}.', f'{BACKBONE_PREFIX}out_norms.3.'), ('head.', 'head.fc.'))
-"""How the names of a published classifier's last layers begin, and those of an ``ImageClassifier``."""
+from mmspatialmamba.checkpoint import CheckpointError, get_weights, read_local, unwrap
+from mmspatialmamba.checkpoint_names import BACKBONE_PREFIX, TABLES, NameTable
 
 
 class ConversionError(ValueError):
@@ -67,7 +62,7 @@ def select_weights(checkpoint: dict, kind: str | None) -> dict:
         prefix = 'module.'
         states = checkpoint['ema_state_dict'].items()
         return {name.removeprefix(prefix): value for name, value in states if name.startswith(prefix)}
-    return get_weights(checkpoint)
+    return unwrap(get_weights(checkpoint))
 
 
 def rename_backbone(weights: dict, new_name: Callable[[str], str]) -> OrderedDict:
@@ -87,56 +82,51 @@ def rename_backbone(weights: dict, new_name: Callable[[str], str]) -> OrderedDic
     return result
 
 
-def to_own_names(weights: dict) -> OrderedDict:
-    """Gives a state dict this project's names: of a whole model, of a published classifier, or of a backbone alone.
+def find_table(weights: dict) -> NameTable:
+    """Returns the names of the backbone that a state dict holds, alone or under ``backbone.``.
 
     Raises:
-        ConversionError: It holds no Spatial-Mamba.
+        ConversionError: It holds no backbone of this package.
     """
+    for table in TABLES:
+        if any(table.is_official(weights, prefix) or table.is_own(weights, prefix) for prefix in ('', BACKBONE_PREFIX)):
+            return table
+    raise ConversionError(
+        f'expected the weights of a backbone of mmspatialmamba, under own or published names, found '
+        f'{", ".join(list(weights)[:3])}'
+    )
+
+
+def to_own_names(weights: dict, table: NameTable) -> OrderedDict:
+    """Gives a state dict own names: that of a whole model, of a published classifier, or of a backbone alone."""
+    classifier = table.is_classifier(weights)
+    if classifier:
+        weights = {table.to_toolbox(name): value for name, value in weights.items()}
     if any(name.startswith(BACKBONE_PREFIX) for name in weights):
-        own = rename_backbone(weights, to_own)
-    elif f'{CLASSIFIER_NORM}.weight' in weights:
-        own = OrderedDict(
-            (replace_start(name, CLASSIFIER_NAMES) or BACKBONE_PREFIX + to_own(name), value)
-            for name, value in weights.items()
-        )
-    else:
-        own = OrderedDict((to_own(name), value) for name, value in weights.items())
-    if BACKBONE_PREFIX + STEM not in own and STEM not in own:
-        raise ConversionError(
-            f'expected the weights of a Spatial-Mamba, with {STEM} or {to_official(STEM)}, found '
-            f'{", ".join(list(weights)[:3])}'
-        )
-    return own
+        return rename_backbone(weights, partial(table.to_own, classifier=classifier))
+    return OrderedDict((table.to_own(name), value) for name, value in weights.items())
 
 
-def to_official_names(weights: dict) -> OrderedDict:
-    """Gives a state dict with this project's names the published ones: the inverse of `to_own_names`."""
+def to_official_names(weights: dict, table: NameTable) -> OrderedDict:
+    """Gives a state dict with own names the published ones: the inverse of `to_own_names`."""
     if is_classifier(weights):
-        pairs = [(own, official) for official, own in CLASSIFIER_NAMES]
         return OrderedDict(
-            (replace_start(name, pairs) or to_official(name.removeprefix(BACKBONE_PREFIX)), value)
-            for name, value in weights.items()
+            (table.to_official(table.from_toolbox(name), classifier=True), value) for name, value in weights.items()
         )
-    if BACKBONE_PREFIX + STEM in weights:
-        return rename_backbone(weights, to_official)
-    return OrderedDict((to_official(name), value) for name, value in weights.items())
+    if any(name.startswith(BACKBONE_PREFIX) for name in weights):
+        return rename_backbone(weights, table.to_official)
+    return OrderedDict((table.to_official(name), value) for name, value in weights.items())
 
 
 def is_classifier(weights: dict) -> bool:
-    """Whether a state dict with this project's names has a classifier's head and nothing else beside the backbone."""
+    """Whether a state dict with own names has a classifier's head and nothing else beside the backbone."""
     others = [name for name in weights if not name.startswith(BACKBONE_PREFIX)]
-    return 0 < len(others) < len(weights) and all(name.startswith('head.fc.') for name in others)
-
-
-def replace_start(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
-    """Returns the name with the first start that fits replaced, or None if none does."""
-    return next((new + name.removeprefix(old) for old, new in pairs if name.startswith(old)), None)
+    return 0 < len(others) < len(weights) and all(name.startswith(f'{NameTable.TOOLBOX_HEAD}.') for name in others)
 
 
 def extract_backbone(weights: dict) -> OrderedDict:
     """Returns the backbone's part of a state dict, under the names that the backbone alone has."""
-    if STEM in weights:
+    if not any(name.startswith(BACKBONE_PREFIX) for name in weights):
         return OrderedDict(weights)
     return OrderedDict(
         (name.removeprefix(BACKBONE_PREFIX), value)
@@ -202,15 +192,17 @@ def convert(
     Raises:
         ConversionError: The checkpoint does not hold what is asked for.
     """
-    weights = to_own_names(select_weights(checkpoint, kind))
+    weights = select_weights(checkpoint, kind)
+    table = find_table(weights)
+    weights = to_own_names(weights, table)
     if in_channels is not None or bgr:
-        stem = STEM if STEM in weights else BACKBONE_PREFIX + STEM
+        stem = table.stem if table.stem in weights else BACKBONE_PREFIX + table.stem
         weights[stem] = adapt_stem(weights[stem], in_channels or weights[stem].shape[1], bgr)
     if backbone:
         weights = extract_backbone(weights)
     key = 'model' if names == 'official' and is_classifier(weights) else 'state_dict'
     if names == 'official':
-        weights = to_official_names(weights)
+        weights = to_official_names(weights, table)
     meta = {} if backbone or 'meta' not in checkpoint else {'meta': checkpoint['meta']}
     return {**meta, key: weights}
 

@@ -1,11 +1,12 @@
-"""Generates a small data set of circles, squares and triangles in COCO and in ADE20K layout.
+"""Generates a small data set of circles, squares and triangles, as COCO, as ADE20K, and as images beside masks.
 
 Example:
     python tools/make_shapes_dataset.py data/shapes --train 320 --val 64
 
-writes ``data/shapes/coco`` (as ``data/coco``: train2017, val2017, annotations) and ``data/shapes/ade`` (as
-``data/ade/ADEChallengeData2016``: images and annotations, training and validation). The same arguments give the same
-files; a folder that is complete already is kept.
+writes ``data/shapes/coco`` (as ``data/coco``: train2017, val2017, annotations), ``data/shapes/ade`` (as
+``data/ade/ADEChallengeData2016``: images and annotations, training and validation) and ``data/shapes/masks`` (images
+and masks, train and val: what ``docs/own_segmentation.md`` is about). The same arguments give the same files; a folder
+that is complete already is kept.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from mmengine.utils import track_iter_progress
 
 CLASSES = ('circle', 'square', 'triangle')
 SPLITS = {'train': ('train2017', 'training'), 'val': ('val2017', 'validation')}
+LAYOUTS = ['coco', 'ade', 'masks']
 ADE_BACKGROUND = 1
-"""ADE20K's label 0 is "unlabelled", so the background is 1 and class c is c + 2."""
+"""ADE20K's label 0 is "unlabelled", so the background is 1 and class c is c + 2. In masks all are one less."""
 
 
 def outline(shape: str, centre: np.ndarray, radius: float, angle: float) -> np.ndarray:
@@ -61,25 +63,28 @@ def draw_image(
 
 
 def write_split(root: Path, split: str, count: int, seed: int, height: int, width: int) -> None:
-    """Writes ``count`` images of one split in both layouts under ``root``."""
+    """Writes ``count`` images of one split in all layouts under ``root``."""
     coco_name, ade_name = SPLITS[split]
     folders = (
         root / 'coco' / coco_name,
         root / 'coco' / 'annotations',
         root / 'ade' / 'images' / ade_name,
         root / 'ade' / 'annotations' / ade_name,
+        root / 'masks' / 'images' / split,
+        root / 'masks' / 'masks' / split,
     )
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    coco_images, _, ade_images, ade_labels = folders
+    coco_images, _, ade_images, ade_labels, mask_images, masks = folders
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for image_id in track_iter_progress(list(range(1, count + 1))):
         image, shapes, labels = draw_image(rng, height, width)
         stem = f'{image_id:012d}'
-        cv2.imwrite(str(coco_images / f'{stem}.jpg'), image)
-        cv2.imwrite(str(ade_images / f'{stem}.jpg'), image)
+        for folder in (coco_images, ade_images, mask_images):
+            cv2.imwrite(str(folder / f'{stem}.jpg'), image)
         cv2.imwrite(str(ade_labels / f'{stem}.png'), labels)
+        cv2.imwrite(str(masks / f'{stem}.png'), labels - ADE_BACKGROUND)
         images.append({'id': image_id, 'file_name': f'{stem}.jpg', 'height': height, 'width': width})
         for index, polygon in shapes:
             low, high = polygon.min(0), polygon.max(0)
@@ -110,7 +115,7 @@ def main() -> None:
     if args.train < 1 or args.val < 1 or min(args.size) < 64:
         parser.error('expected at least 1 training and 1 validation image and a size of at least 64 pixels')
 
-    settings = {'train': args.train, 'val': args.val, 'size': list(args.size), 'seed': args.seed}
+    settings = {'train': args.train, 'val': args.val, 'size': list(args.size), 'seed': args.seed, 'layouts': LAYOUTS}
     complete = args.root / 'complete.json'
     if complete.exists():
         found = json.loads(complete.read_text())

@@ -3,15 +3,15 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.modules import module
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import depthwise_conv, mlp
-from ..ops.residual import add_branch
+from ..ops import depthwise_conv, layer_norm
 
 
 class DepthwiseConv(nn.Conv2d):
     """3x3 depthwise convolution of a channels-last map, computed by `mmspatialmamba.ops.depthwise_conv`.
+
+    Attributes that the op has no argument for, such as another ``padding_mode`` or ``dilation``, are honoured by
+    PyTorch's convolution.
 
     Args:
         channels: Number of channels.
@@ -30,20 +30,52 @@ class DepthwiseConv(nn.Conv2d):
         residual: bool = False,
     ):
         super().__init__(channels, channels, 3, stride, padding=1, groups=channels)
-        self.options = {
-            'stride': stride, 'activation': activation, 'relu_input': relu_input, 'residual': residual,
-        }  # fmt: skip
+        self.activation = activation
+        self.relu_input = relu_input
+        self.residual = residual
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, channels) to (N, ceil(H / stride), ceil(W / stride), channels)."""
-        return depthwise_conv(x, self.weight, self.bias, **self.options)
+        geometry = self.kernel_size, self.padding, self.dilation, self.padding_mode, self.groups
+        standard = geometry == ((3, 3), (1, 1), (1, 1), 'zeros', self.in_channels) and self.stride in ((1, 1), (2, 2))
+        if standard:
+            return depthwise_conv(
+                x, self.weight, self.bias,
+                stride=self.stride[0], activation=self.activation, relu_input=self.relu_input, residual=self.residual,
+            )  # fmt: skip
+        if self.relu_input:
+            x = F.relu(x)
+        y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.activation != 'none':
+            y = F.silu(y) if self.activation == 'silu' else F.relu(y)
+        return x + y if self.residual else y
+
+    def extra_repr(self) -> str:
+        """Returns what the convolution prints, and what stands around it."""
+        around = ''.join(f', {name}={getattr(self, name)}' for name in ('activation', 'relu_input', 'residual'))
+        return super().extra_repr() + around
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels, computed by `mmspatialmamba.ops.layer_norm`, in the dtype of the product after it.
+
+    Args:
+        channels: Number of channels.
+        eps: Added to the variance.
+        elementwise_affine: Whether there is a scale of each channel and, with ``bias``, a shift.
+        bias: Whether there is a shift of each channel.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
+        super().__init__(channels, eps, elementwise_affine, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, ..., channels) to the same shape, under autocast in its dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm, on (N, C, H, W).
-
-    Where BatchNorm uses its running statistics, which makes it a scale and a shift of each channel, the convolution
-    takes both into its own weight and bias, computed anew in each call: a pass over the map less.
 
     Args:
         in_channels: Number of input channels.
@@ -60,21 +92,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, H', W')."""
-        norm, conv = self.norm, self.conv
-        # Tools that merge the two for good leave an Identity; those that count and export trace, and look for layers.
-        if norm.training or torch.jit.is_tracing() or not is_plain(conv, norm):
-            return norm(self._convolve(x))
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-        weight = conv.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, norm.bias - shift * scale, conv.stride, conv.padding)
-
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes the convolution alone: if it is 1x1 as a product, whose backward uses a CPU's cores better."""
-        conv = self.conv
-        if x.device.type == 'cpu' and is_fusable(conv) and conv.kernel_size == (1, 1):
-            return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-        return conv(x)
+        return self.norm(self.conv(x))
 
 
 class Stem(nn.Module):
@@ -108,10 +126,6 @@ class Downsample(nn.Module):
         channels: Number of input channels d.
     """
 
-    PARTS = 4
-    """In which a CPU takes the hidden channels, whose map is the largest of all: a quarter of it is still in the cache
-    when the depthwise convolution reads it."""
-
     def __init__(self, channels: int):
         super().__init__()
         hidden = 8 * channels
@@ -121,23 +135,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
-        if x.device.type == 'cpu' and is_fusable(self.expand, self.dwconv):
-            parameters = (self.expand.weight.flatten(1), self.expand.bias, self.dwconv.weight, self.dwconv.bias)
-            parts = zip(*(parameter.chunk(self.PARTS) for parameter in parameters), strict=True)
-            x = torch.cat(
-                [
-                    depthwise_conv(F.linear(x, weight, bias), *kernels, **self.dwconv.options)
-                    for weight, bias, *kernels in parts
-                ],
-                dim=-1,
-            )
-        else:
-            x = self.dwconv(self.expand(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = self.dwconv(self.expand(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):
-    """MLP branch of a block: two linear layers with an exact GELU between, of ratio 4, and the skip connection.
+    """MLP branch of a block: two linear layers with an exact GELU between, of ratio 4.
 
     Args:
         channels: Number of channels d of input and output.
@@ -149,37 +152,6 @@ class MLP(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * channels, channels)
 
-    def forward(self, x: torch.Tensor, norm: nn.LayerNorm, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns ``x + scale · MLP(norm(x))``, (N, H, W, d), as one op where it can be, see `is_fusable`.
-
-        Args:
-            x: Map, (N, H, W, d).
-            norm: What comes before the first linear layer.
-            scale: Factor on the branch of each image, (N,); None for 1.
-        """
-        fc1, fc2 = self.fc1, self.fc2
-        if is_fusable(norm, fc1, self.act, fc2):
-            return mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, scale, eps=norm.eps)
-        return add_branch(x, fc2(self.act(fc1(norm(x)))), scale)
-
-
-def is_plain(*layers: nn.Module) -> bool:
-    """Returns whether each layer is of its own class, or any BatchNorm, and nothing hooks into it.
-
-    What reads a layer's weights and leaves its ``forward`` out would pass over what replaced it: an adapter, a
-    quantized or a sharded layer. BatchNorm has subclasses that differ in the shapes they accept.
-    """
-    plain = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, DepthwiseConv)
-    hooks = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
-    return not module._has_any_global_hook() and all(
-        (type(layer) in plain or isinstance(layer, _BatchNorm)) and not any(getattr(layer, name) for name in hooks)
-        for layer in layers
-    )
-
-
-def is_fusable(*layers: nn.Module) -> bool:
-    """Returns whether one op may take the place of these layers: whether nothing would notice.
-
-    What compiles, exports or traces a model looks for standard layers.
-    """
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and is_plain(*layers)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, H, W, d) to (N, H, W, d)."""
+        return self.fc2(self.act(self.fc1(x)))

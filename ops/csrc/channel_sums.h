@@ -59,6 +59,7 @@ inline void add_channel_sums(
     for (int64_t i = 0; i < tile; ++i) {
       channel[i] = Vec<acc_t>::loadu(values + (t + i) * LANES<acc_t>);
     }
+    std::fill(channel + tile, std::end(channel), Vec<acc_t>(0));
     transpose<acc_t>(channel);
     int64_t r = 0;
     for (; r + 4 <= R; r += 4) {
@@ -82,6 +83,7 @@ inline void add_channel_sums(const acc_t* values, int64_t tokens, Count count, a
     for (int64_t i = 0; i < tile; ++i) {
       sum[i] = load(values + (t + i) * LANES<acc_t>, count);
     }
+    std::fill(sum + tile, std::end(sum), Vec<acc_t>(0));
     for (int64_t vectors = LANES<acc_t> / 2; vectors > 0; vectors /= 2) {
       for (int64_t i = 0; i < vectors; ++i) {
         const auto [even, odd] = at::vec::deinterleave2(sum[2 * i], sum[2 * i + 1]);

@@ -4,7 +4,7 @@ import torch
 
 from ..checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from ..library import accumulation_dtype, define, refuse_double_backward, register_autograd
-from .reference import depthwise_conv_backward_reference, depthwise_conv_reference
+from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
 
 ACTIVATIONS = ('none', 'silu', 'relu')
 STRIDES = (1, 2)
@@ -13,7 +13,7 @@ STRIDES = (1, 2)
 def depthwise_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     *,
     stride: int = 1,
     activation: str = 'none',
@@ -28,7 +28,7 @@ def depthwise_conv(
         x: Map, (N, H, W, E), channels last; float32, float64, bfloat16 or float16. A slice of the channels of a wider
             map is read where it lies.
         weight: Kernels, (E, 1, 3, 3), dimensionless.
-        bias: Bias, (E,), in units of the convolution.
+        bias: Bias, (E,), in units of the convolution; None for 0.
         stride: 1 or 2, for rows and columns alike.
         activation: 'none', 'silu' or 'relu', applied to the convolution.
         relu_input: Whether ReLU is applied to x first.
@@ -44,26 +44,32 @@ def depthwise_conv(
 
     Note:
         Autocast: the op is on no autocast list and runs in the dtype of ``x``; weight and bias are converted to float32
-        (float64 for float64), in which the C++ kernel computes. Backward keeps the inputs only, and computes the
-        convolution again where there is an activation. Two runs give the same bits on the CPU, forward and backward;
-        on other devices PyTorch's own convolution decides. No double backward.
+        (float64 for float64), in which the C++ and the Triton kernel compute. Backward keeps the inputs only, and
+        computes the convolution again where there is an activation. Two runs give the same bits with both kernels,
+        forward and backward; elsewhere PyTorch's own convolution decides. No double backward.
     """
     op = 'depthwise_conv'
     check_tensor(op, 'x', x, 4)
     check_not_empty(op, 'x', x)
     check_parameter(op, 'weight', weight, (x.shape[-1], 1, 3, 3), x)
-    check_parameter(op, 'bias', bias, (x.shape[-1],), x)
+    if bias is not None:
+        check_parameter(op, 'bias', bias, (x.shape[-1],), x)
     if stride not in STRIDES:
         raise ValueError(f'{op}: stride must be 1 or 2, got {stride!r}')
     if activation not in ACTIVATIONS:
         raise ValueError(f'{op}: activation must be one of {", ".join(ACTIVATIONS)}, got {activation!r}')
     if residual and stride != 1:
         raise ValueError(f'{op}: residual needs stride 1, got {stride!r}')
-    refuse_forward_mode(op, x, weight, bias)
+    refuse_forward_mode(op, x, weight, *([] if bias is None else [bias]))
     acc = accumulation_dtype(x.dtype)
-    return torch.ops.mmspatialmamba.depthwise_conv(
-        x, weight.to(acc), bias.to(acc), stride, activation, relu_input, residual
-    )
+    bias = None if bias is None else bias.to(acc)
+    return torch.ops.mmspatialmamba.depthwise_conv(x, weight.to(acc), bias, stride, activation, relu_input, residual)
+
+
+def split_gradient(dparameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of weight (E, 1, 3, 3) and bias (E,), views of what the backward op returns for both."""
+    E = len(dparameters) // (KERNEL + 1)
+    return dparameters[: KERNEL * E].view(E, 1, 3, 3), dparameters[KERNEL * E :]
 
 
 def _setup_context(ctx, inputs, output):
@@ -72,8 +78,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    gradients = torch.ops.mmspatialmamba.depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * len(ctx.options)
+    x, weight, bias = ctx.saved_tensors
+    dx, dparameters = torch.ops.mmspatialmamba.depthwise_conv_backward(dy, x, weight, bias, *ctx.options)
+    dweight, dbias = split_gradient(dparameters)
+    return dx, dweight, None if bias is None else dbias, *[None] * len(ctx.options)
 
 
 def _fake(x, weight, bias, stride, *options):
@@ -82,16 +90,16 @@ def _fake(x, weight, bias, stride, *options):
 
 
 define(
-    'depthwise_conv(Tensor x, Tensor weight, Tensor bias, int stride, str activation, bool relu_input, bool residual)'
+    'depthwise_conv(Tensor x, Tensor weight, Tensor? bias, int stride, str activation, bool relu_input, bool residual)'
     ' -> Tensor',
     depthwise_conv_reference,
     _fake,
 )
 define(
-    'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int stride, str activation,'
-    ' bool relu_input, bool residual) -> (Tensor dx, Tensor dweight, Tensor dbias)',
+    'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int stride, str activation,'
+    ' bool relu_input, bool residual) -> (Tensor dx, Tensor dparameters)',
     depthwise_conv_backward_reference,
-    lambda dy, x, weight, bias, *options: tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias)),
+    lambda dy, x, weight, *others: (x.new_empty(x.shape), weight.new_empty((KERNEL + 1) * len(weight))),
 )
 register_autograd('depthwise_conv', _backward, _setup_context)
 refuse_double_backward('depthwise_conv_backward')

@@ -9,6 +9,7 @@
 #include "../csrc/checks.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -334,11 +335,14 @@ std::array<int64_t, 4> output_sizes(const at::Tensor& x, int64_t stride) {
 }
 
 void check_inputs(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t stride, bool residual) {
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t stride,
+    bool residual) {
   check_dim("x", x, 4);
   const auto acc = at::toOpMathType(x.scalar_type());
   check_tensor("weight", weight, {x.size(3), 1, SIDE, SIDE}, acc);
-  check_tensor("bias", bias, {x.size(3)}, acc);
+  if (bias) {
+    check_tensor("bias", *bias, {x.size(3)}, acc);
+  }
   TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   TORCH_CHECK(stride == 1 || !residual, "residual needs stride 1, got stride ", stride);
 }
@@ -364,14 +368,14 @@ struct ConvInputs {
   ConvProblem<scalar_t> problem;
 
   ConvInputs(
-      const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_, int64_t stride,
+      const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_, int64_t stride,
       c10::string_view activation, bool relu_input, bool residual)
       : x(channels_together(x_)) {
     const int64_t E = x.size(3);
     const int64_t lanes = at::divup(E, LANES<acc_t>) * LANES<acc_t>;
     const auto sizes = output_sizes(x, stride);
     weight = in_whole_vectors(weight_.reshape({E, KERNEL}).t(), lanes);
-    bias = in_whole_vectors(bias_.unsqueeze(0), lanes);
+    bias = bias_ ? in_whole_vectors(bias_->unsqueeze(0), lanes) : at::zeros({1, lanes}, weight.options());
     problem = {x.size(0), E, lanes, map_of<scalar_t>(x), sizes[1], sizes[2],
                weight.const_data_ptr<acc_t>(), bias.const_data_ptr<acc_t>(), activation_of(activation), relu_input,
                residual, at::zeros({lanes}, weight.options())};
@@ -389,8 +393,8 @@ void with_stride(int64_t stride, const Work& work) {
 }
 
 at::Tensor depthwise_conv(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t stride, c10::string_view activation,
-    bool relu_input, bool residual) {
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t stride,
+    c10::string_view activation, bool relu_input, bool residual) {
   check_inputs(x, weight, bias, stride, residual);
   at::Tensor y = at::empty(output_sizes(x, stride), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv", [&] {
@@ -408,9 +412,10 @@ at::Tensor depthwise_conv(
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t stride,
-    c10::string_view activation, bool relu_input, bool residual) {
+/// Returns dx, and the gradients of weight and bias one after the other.
+std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    int64_t stride, c10::string_view activation, bool relu_input, bool residual) {
   check_inputs(x, weight, bias, stride, residual);
   check_tensor("dy", dy, output_sizes(x, stride), x.scalar_type());
   const int64_t E = x.size(3);
@@ -438,7 +443,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv_backward(
     });
     sums = parts.sum(0).narrow(1, 0, E);
   });
-  return {dx, sums.narrow(0, 0, KERNEL).t().reshape({E, 1, SIDE, SIDE}).contiguous(), sums[KERNEL].contiguous()};
+  return {dx, at::cat({sums.narrow(0, 0, KERNEL).t().reshape({KERNEL * E}), sums[KERNEL]})};
 }
 
 } // namespace

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+KERNEL = 9
+"""Taps of a channel."""
+
 
 def depthwise_conv_reference(x, weight, bias, stride, activation, relu_input, residual) -> torch.Tensor:
     """Computes `depthwise_conv` with plain PyTorch; in 16 bits as autocast does, with kernels rounded to them."""
@@ -16,8 +19,13 @@ def depthwise_conv_reference(x, weight, bias, stride, activation, relu_input, re
 
 def depthwise_conv_backward_reference(
     dy, x, weight, bias, stride, activation, relu_input, residual
-) -> tuple[torch.Tensor, ...]:
-    """Computes the gradients of `depthwise_conv` with plain PyTorch, from the inputs alone."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the gradients of `depthwise_conv` with plain PyTorch, from the inputs alone.
+
+    Returns:
+        dx, and the gradients of weight and bias one after the other, (10 E,): one tensor, so that partial sums of both
+        are added at once. That of a bias that is not there is computed too.
+    """
     rectified = F.relu(x) if relu_input else x
     dpre = dy
     if activation == 'silu':
@@ -34,10 +42,11 @@ def depthwise_conv_backward_reference(
         dx = dx + dy
     if relu_input:
         dx = torch.ops.aten.threshold_backward(dx, x, 0)
-    return dx.contiguous(), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx.contiguous(), torch.cat((dweight.flatten(), dbias)).to(weight.dtype)
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int) -> torch.Tensor:
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int) -> torch.Tensor:
     images = x.permute(0, 3, 1, 2)
-    y = F.conv2d(images, weight.to(x.dtype), bias.to(x.dtype), stride, padding=1, groups=x.shape[-1])
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(images, weight.to(x.dtype), bias, stride, padding=1, groups=x.shape[-1])
     return y.permute(0, 2, 3, 1)

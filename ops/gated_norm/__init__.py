@@ -54,13 +54,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout):
-    *gradients, _ = torch.ops.mmspatialmamba.gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
-    return *gradients, None
+    dy, dz, dparameters, _ = torch.ops.mmspatialmamba.gated_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+    return dy, dz, *dparameters.unbind(), None
 
 
 def _fake_backward(dout, y, z, weight, bias, eps, with_out=False):
     out = y.new_empty(y.shape if with_out else 0)
-    return *(tensor.new_empty(tensor.shape) for tensor in (y, z, weight, bias)), out
+    return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(2, len(weight)), out
 
 
 define(
@@ -70,7 +70,7 @@ define(
 )
 define(
     'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps, bool with_out=False)'
-    ' -> (Tensor dy, Tensor dz, Tensor dweight, Tensor dbias, Tensor out)',
+    ' -> (Tensor dy, Tensor dz, Tensor dparameters, Tensor out)',
     gated_norm_backward_reference,
     _fake_backward,
 )

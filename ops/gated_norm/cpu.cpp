@@ -161,7 +161,8 @@ at::Tensor gated_norm(
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_backward(
+/// Returns dy, dz, the gradients of weight and bias as the rows of one tensor, and out.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_backward(
     const at::Tensor& dout, const at::Tensor& y, const at::Tensor& z, const at::Tensor& weight, const at::Tensor& bias,
     double eps, bool with_out) {
   check_inputs(y, z, weight, bias);
@@ -191,7 +192,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_nor
     });
     sums = parts.sum(0);
   });
-  return {dy, dz, sums[0].contiguous(), sums[1].contiguous(), out};
+  return {dy, dz, sums, out};
 }
 
 } // namespace

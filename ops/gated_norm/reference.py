@@ -11,7 +11,12 @@ def gated_norm_reference(y, z, weight, bias, eps) -> torch.Tensor:
 
 
 def gated_norm_backward_reference(dout, y, z, weight, bias, eps, with_out=False) -> tuple[torch.Tensor, ...]:
-    """Computes the gradients of `gated_norm` with plain PyTorch, from the inputs alone, and its output if asked for."""
+    """Computes the gradients of `gated_norm` with plain PyTorch, from the inputs alone, and its output if asked for.
+
+    Returns:
+        dy, dz, those of weight and bias as the rows of one tensor (2, E), so that partial sums of both are added at
+        once, and the output, or an empty tensor.
+    """
     dout, y_acc, z_acc = (x.to(weight.dtype) for x in (dout, y, z))
     shape = y.shape[-1:]
     norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(y_acc, shape, weight, bias, eps)
@@ -21,4 +26,5 @@ def gated_norm_backward_reference(dout, y, z, weight, bias, eps, with_out=False)
         dout * gate, y_acc, shape, mean, inverse_deviation, weight, bias, [True, True, True]
     )
     out = norm * gate if with_out else norm.new_empty(0)
-    return *(x.to(y.dtype).contiguous() for x in (dy, dz)), dweight, dbias, out.to(y.dtype).contiguous()
+    dy, dz, out = (x.to(y.dtype).contiguous() for x in (dy, dz, out))
+    return dy, dz, torch.stack((dweight, dbias)), out

@@ -69,14 +69,14 @@ def gated_norm_kernel(
 
 @triton.jit
 def gated_norm_backward_kernel(
-    dout_ptr, y_ptr, z_ptr, weight_ptr, bias_ptr, dy_ptr, dz_ptr, out_ptr, dweight_ptr, dbias_ptr,
+    dout_ptr, y_ptr, z_ptr, weight_ptr, bias_ptr, dy_ptr, dz_ptr, out_ptr, sums_ptr,
     tokens, L, E, tiles, stride_zn, stride_zt, eps,
     WITH_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of some tokens and, if WITH_OUT, the gated norm itself.
 
     Grid: blocks of tiles. Reads dout, y and z of its tokens; writes dy, dz and, if WITH_OUT, out, and the sums over its
-    tokens of dweight and dbias (blocks, E).
+    tokens of dweight and dbias (blocks, 2, E).
     """
     block = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
@@ -103,8 +103,8 @@ def gated_norm_backward_kernel(
         along_norm = tl.sum(dnorm * norm, 1)[:, None] / E
         dy = inverse * (dnorm - tl.sum(dnorm, 1)[:, None] / E - norm * along_norm)
         _store_map(dy_ptr, dy, t, e, inside, E)
-    tl.store(dweight_ptr + block * E + e, dweight, mask=e < E)
-    tl.store(dbias_ptr + block * E + e, dbias, mask=e < E)
+    tl.store(sums_ptr + 2 * block * E + e, dweight, mask=e < E)
+    tl.store(sums_ptr + (2 * block + 1) * E + e, dbias, mask=e < E)
 
 
 def _launch(y: torch.Tensor) -> tuple[int, dict[str, int]]:
@@ -136,12 +136,12 @@ def gated_norm_backward(dout, y, z, weight, bias, eps, with_out=False) -> tuple[
     tiles = max(1, all_tiles // TARGET_PROGRAMS)
     blocks = triton.cdiv(all_tiles, tiles)
     N, L, E = z.shape
-    dweight, dbias = (torch.empty(blocks, E, dtype=torch.float32, device=y.device) for _ in range(2))
+    sums = torch.empty(blocks, 2, E, dtype=torch.float32, device=y.device)
     gated_norm_backward_kernel[(blocks,)](
-        dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, dweight, dbias, N * L, L, E, tiles,
+        dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, sums, N * L, L, E, tiles,
         z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
     )  # fmt: skip
-    return dy, dz, dweight.sum(0), dbias.sum(0), out
+    return dy, dz, sums.sum(0), out
 
 
 register('gated_norm', gated_norm, gated_norm_reference)

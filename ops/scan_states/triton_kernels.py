@@ -2,142 +2,230 @@
 
 The sequence is cut into chunks. One kernel finds what each chunk contributes at its end and how much it lets through;
 a small one combines these carries in order; a third goes through every chunk again from its right start. Inside a
-chunk a program walks over tiles of ``BLOCK_L`` tokens and ``BLOCK_E`` channels. The tokens of a tile are scanned in
-parallel, since a loop over single tokens would wait for memory at each, and channels are the contiguous dimension, so
-that loads are coalesced.
+chunk a thread takes two channels and walks over the tokens one by one: nothing is exchanged between threads, and a
+state costs one multiply-add. What bounds such a kernel is the number of instructions, so the loads of several tokens
+are issued before the first is used, and channels, strides and the rank are constants of the compiled kernel: addresses
+inside of such a group are immediate.
+
+A projection of low rank is computed with the scan. From ``DOT_RANK`` on it is a matrix product on tensor cores, in
+kernels of its own, and the scan is that of a given step size.
 
 All arithmetic is float32. Sums over channels or tokens leave each program as a partial sum in a place of its own and
 are added in a fixed order afterwards: no atomics, the same bits in every run. Element offsets are 64-bit; the number of
-tokens in one image must be below 2^30. Block sizes and warps were chosen from what the compiler reports (at most 24
-bytes a thread are spilled, at rank 48): none is measured on a GPU yet.
+tokens in one image must be below 2^30. Block sizes and warps were chosen from what the compiler reports: none is
+measured on a GPU yet.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import register, uniform_tokens
+from ..triton_backend import launch, register, uniform_tokens
 from .reference import scan_states_backward_reference, scan_states_reference
 
-BLOCK_L = 32
-"""Tokens of a tile."""
-BLOCK_E = 32
-"""Channels of a tile: 128 bytes of float32, 64 of a 16-bit dtype."""
-BLOCK_CHUNKS = 32
-"""Chunks that the combining kernel takes at a time."""
-NUM_WARPS = 4
-NUM_WARPS_BACKWARD = 8
-"""For the backward kernel when the rank is above ``DOT_RANK``: its products would spill with fewer threads."""
-TARGET_PROGRAMS = 2048
+BLOCK_E = 64
+"""Channels of a program of one warp: two for each thread."""
+GROUP = 8
+"""Tokens whose inputs are loaded before the first of them is used."""
+GROUP_BACKWARD = 4
+"""The same in the backward kernel, which loads four or five inputs for each token."""
+MIN_LENGTH = 16
+"""Tokens of a chunk, at least: each chunk costs three values for each channel and the start of a program."""
+TARGET_PROGRAMS = 4096
 """Programs that are enough to fill a GPU; beyond, chunks grow, so that their carries stay few and cheap to combine."""
+COMBINE_BLOCK = (256, 8)
+"""Chunks that the combining kernel takes at a time, and its channels."""
 DOT_RANK = 16
 """Rank from which the step size is a matrix product on tensor cores: 16 is the smallest they take."""
+DOT_BLOCK = (64, 64)
+"""Tokens and channels of a tile of such a product."""
+DOT_PROGRAMS = 1024
+"""Programs that are enough for its backward; beyond, each takes several tiles of tokens: partial sums stay few."""
+
+PRECISION = tl.constexpr('ieee' if torch.version.hip else 'tf32x3')
+"""Of matrix products: three passes of tf32 have float32's accuracy; AMD's compiler does not know them."""
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _locate(L, E, tiles, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Returns image, chunk, channel block and channels of this program.
+def _locate(L, length, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Returns image, number of the chunk among those of all images, its first token and how many it has, channel block,
+    channels of this program and which of them exist.
 
     Channel blocks come first in launch order: neighbours run at the same time and share what they load per token.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(E, BLOCK_E)
-    chunks = tl.cdiv(L, tiles * BLOCK_L)
+    chunks = tl.cdiv(L, length)
     block = pid % blocks
+    chunk = pid // blocks % chunks
     n = (pid // blocks // chunks).to(tl.int64)
-    return n, pid // blocks % chunks, block, block * BLOCK_E + tl.arange(0, BLOCK_E)
+    first = (chunk * length).to(tl.int64)
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    # The compiler drops a mask that it knows to be true.
+    inside = tl.full((BLOCK_E,), True, tl.int1) if E % BLOCK_E == 0 else e < E
+    return n, n * chunks + chunk, first, tl.minimum(length, L - first), block, e, inside
 
 
 @triton.jit
-def _load_tile(ptr, n, t, e, L, E):
-    """Loads a tile of a contiguous (N, L, E) tensor as float32, 0 outside."""
-    offset = (n * L + t)[:, None] * E + e[None, :]
-    return tl.load(ptr + offset, mask=(t < L)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+def _load_channels(ptr, inside):
+    """Loads a value for each channel as float32, 0 for those past the last."""
+    return tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_tile(ptr, value, n, t, e, L, E):
-    """Stores a tile into a contiguous (N, L, E) tensor."""
-    offset = (n * L + t)[:, None] * E + e[None, :]
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=(t < L)[:, None] & (e < E)[None, :])
+def _store_channels(ptr, value, inside):
+    """Stores a value for each channel."""
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _load_tokens(ptr, n, t, L, stride_n, stride_t):
-    """Loads one value for each token as float32, 0 outside."""
-    return tl.load(ptr + n * stride_n + t.to(tl.int64) * stride_t, mask=t < L, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_low_rank(dt_ptr, n, t, r, L, stride_n, stride_t, RANK: tl.constexpr):
-    """Loads dt for tokens t (rows) and components r (columns) as float32, 0 outside."""
-    offset = n * stride_n + t.to(tl.int64)[:, None] * stride_t + r[None, :]
-    return tl.load(dt_ptr + offset, mask=(t < L)[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_weight(dt_weight_ptr, r, e, E, RANK: tl.constexpr):
-    """Loads the transposed dt_weight (RANK, E) for components r (rows) and channels e (columns), 0 outside."""
-    return tl.load(dt_weight_ptr + r[:, None] * E + e[None, :], mask=(r < RANK)[:, None] & (e < E)[None, :], other=0.0)
-
-
-@triton.jit
-def _project(
-    dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_n, stride_t,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr,
-):  # fmt: skip
-    """Computes ``dt · dt_weight + dt_bias`` for a tile, as the tensor cores' three-pass tf32 (float32's accuracy) or,
-    where they would mostly multiply padding, as RANK multiply-adds.
-    """
-    bias = tl.load(dt_bias_ptr + e, mask=e < E, other=0.0)[None, :]
-    if USE_DOT:
-        r = tl.arange(0, BLOCK_R)
-        dt = _load_low_rank(dt_ptr, n, t, r, L, stride_n, stride_t, RANK)
-        weight = _load_weight(dt_weight_ptr, r, e, E, RANK)
-        return tl.dot(dt, weight, input_precision='tf32x3') + bias
-    pre = tl.zeros((t.shape[0], e.shape[0]), tl.float32) + bias
+def _load_projection(weight_ptr, bias_ptr, e, inside, E: tl.constexpr, RANK: tl.constexpr):
+    """Returns the RANK weights, from the transposed dt_weight (RANK, E), and the bias of each channel."""
+    weights = ()
     for r in tl.static_range(RANK):
-        dt = _load_tokens(dt_ptr + r, n, t, L, stride_n, stride_t)
-        weight = tl.load(dt_weight_ptr + r * E + e, mask=e < E, other=0.0)
-        pre += dt[:, None] * weight[None, :]
+        weights += (_load_channels(weight_ptr + r * E + e, inside),)
+    return weights, _load_channels(bias_ptr + e, inside)
+
+
+@triton.jit
+def _project(dt_ptr, weights, bias):
+    """Computes ``dt · dt_weight + dt_bias`` of a token."""
+    pre = bias
+    for r in tl.static_range(len(weights)):
+        pre += tl.load(dt_ptr + r).to(tl.float32) * weights[r]
     return pre
 
 
 @triton.jit
-def _softplus(x):
-    """Computes log(1 + exp(x)) with a relative error near float32's for every x.
-
-    log1p(z) = 2 atanh(s) with s = z / (2 + z), at most 1/3 here: eight terms of the series leave 1.4e-9. log(1 + z)
-    itself would lose all digits for the small step sizes.
-    """
-    z = tl.exp(-tl.abs(x))
-    s = z / (2.0 + z)
-    q = s * s
-    series = 1.0 / 13.0 + q * (1.0 / 15.0)
-    series = 1.0 / 11.0 + q * series
-    series = 1.0 / 9.0 + q * series
-    series = 1.0 / 7.0 + q * series
-    series = 1.0 / 5.0 + q * series
-    series = 1.0 / 3.0 + q * series
-    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + q * series)
-
-
-@triton.jit
-def _inside(value, t, e, L, E):
-    """Keeps a tile where the tensor is and puts 0 elsewhere: a step size of 0 leaves the state as it is."""
-    return tl.where((t < L)[:, None] & (e < E)[None, :], value, 0.0)
-
-
-@triton.jit
-def _step_size(
-    dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_n, stride_t,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr,
-):  # fmt: skip
-    """Returns the step size of a tile, 0 outside: loaded if RANK is 0, otherwise computed from the low-rank dt."""
+def _steps_at(dt_ptr, n, t, e, L, stride_dn, E: tl.constexpr, STRIDE_DT: tl.constexpr, RANK: tl.constexpr):
+    """Points to the step sizes of a token: to those of the channels or, with a rank, to its first component."""
     if RANK == 0:
-        return _load_tile(dt_ptr, n, t, e, L, E)
-    pre = _project(dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_n, stride_t, RANK, BLOCK_R, USE_DOT)
-    return _inside(_softplus(pre), t, e, L, E)
+        dt_ptr += (n * L + t) * E + e
+    else:
+        dt_ptr += n * stride_dn + t * STRIDE_DT
+    return dt_ptr
+
+
+@triton.jit
+def _softplus(x):
+    """Returns log(1 + exp(x)) with a relative error near float32's for every x.
+
+    With z = exp(-|x|), log(1 + z) is z times a polynomial of degree 8, fitted for the smallest relative error on
+    [0, 1]: 3.0e-8, and 2.3e-7 with float32's rounding. log(1 + z) itself would lose all digits for small step sizes.
+    """
+    z = tl.exp2(tl.abs(x) * -LOG2_E)
+    series = 0.0052325702721 * z - 0.0295047545526
+    series = series * z + 0.0782251804837
+    series = series * z - 0.1366318249327
+    series = series * z + 0.1910597831501
+    series = series * z - 0.2484297542970
+    series = series * z + 0.3331909605664
+    series = series * z - 0.4999949311508
+    series = series * z + 0.9999999698815
+    return tl.maximum(x, 0.0) + z * series
+
+
+@triton.jit
+def _softplus_slope(step):
+    """Returns the derivative of softplus, 1 - exp(-step), from its value.
+
+    Below 1/2, where the difference would lose digits, by a polynomial of degree 5: relative error 1.4e-9.
+    """
+    series = -0.0011216345412 * step + 0.0081873856437
+    series = series * step - 0.0416290890537
+    series = series * step + 0.1666622408307
+    series = series * step - 0.4999998074637
+    series = series * step + 0.9999999986265
+    return tl.where(step < 0.5, step * series, 1.0 - tl.exp2(step * -LOG2_E))
+
+
+@triton.jit
+def _advance(
+    state, decay, x_ptr, dt_ptr, B_ptr, h_ptr, rate, weights, bias, inside,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr,
+    ADJOINT: tl.constexpr, STORE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Takes the state through the ``COUNT`` tokens that start at the pointers and, if STORE, stores it after each.
+
+    ADJOINT takes mu = a lambda through them from the last to the first. ``rate`` is A log2(e). Returns the state and
+    ``decay`` times the factors on its way. Without weights, the step sizes are given.
+    """
+    xs, steps, Bs = (), (), ()
+    for j in tl.static_range(COUNT):
+        xs += (_load_channels(x_ptr + j * E, inside),)
+        if len(weights) > 0:
+            steps += (_project(dt_ptr + j * STRIDE_DT, weights, bias),)
+        else:
+            steps += (_load_channels(dt_ptr + j * STRIDE_DT, inside),)
+        if not ADJOINT:
+            Bs += (tl.load(B_ptr + j * STRIDE_B).to(tl.float32),)
+    for j in tl.static_range(COUNT):
+        step = steps[COUNT - 1 - j] if ADJOINT else steps[j]
+        if len(weights) > 0:
+            step = _softplus(step)
+        factor = tl.exp2(step * rate)
+        decay *= factor
+        state = factor * (state + xs[COUNT - 1 - j]) if ADJOINT else factor * state + step * (Bs[j] * xs[j])
+        if STORE:
+            _store_channels(h_ptr + j * E, state, inside)
+    return state, decay
+
+
+@triton.jit
+def _walk(
+    state, x_ptr, dt_ptr, B_ptr, h_ptr, rate, weights, bias, inside, tokens,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr,
+    ADJOINT: tl.constexpr, STORE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Takes the state through all tokens of a chunk: through whole groups, and one by one through those past them."""
+    decay = tl.full(state.shape, 1.0, tl.float32)
+    groups = tokens // GROUP
+    whole = groups * GROUP
+    if ADJOINT:
+        for i in range(tokens - whole):
+            t = tokens - 1 - i
+            state, decay = _advance(
+                state, decay, x_ptr + t * E, dt_ptr + t * STRIDE_DT, B_ptr, h_ptr, rate, weights, bias, inside,
+                E, STRIDE_DT, STRIDE_B, ADJOINT, STORE, 1,
+            )  # fmt: skip
+    for i in range(groups):
+        t = (groups - 1 - i if ADJOINT else i) * GROUP
+        state, decay = _advance(
+            state, decay, x_ptr + t * E, dt_ptr + t * STRIDE_DT, B_ptr + t * STRIDE_B, h_ptr + t * E, rate, weights,
+            bias, inside, E, STRIDE_DT, STRIDE_B, ADJOINT, STORE, GROUP,
+        )  # fmt: skip
+    if not ADJOINT:
+        for t in range(whole, tokens):
+            state, decay = _advance(
+                state, decay, x_ptr + t * E, dt_ptr + t * STRIDE_DT, B_ptr + t * STRIDE_B, h_ptr + t * E, rate,
+                weights, bias, inside, E, STRIDE_DT, STRIDE_B, ADJOINT, STORE, 1,
+            )  # fmt: skip
+    return state, decay
+
+
+@triton.jit(do_not_specialize=['L', 'length', 'stride_dn', 'stride_Bn'], do_not_specialize_on_alignment=['B_ptr'])
+def carry_kernel(
+    x_ptr, dt_ptr, B_ptr, dt_weight_ptr, dt_bias_ptr, A_ptr, end_ptr, decay_ptr, L, length, stride_dn, stride_Bn,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr, RANK: tl.constexpr,
+    ADJOINT: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Computes what one chunk contributes at its end, started from 0, and the factor that it puts on its start.
+
+    Grid: images x chunks x channel blocks. Reads x (u, or dh if ADJOINT) and the step size of its chunk; writes
+    ``BLOCK_E`` values of end and decay, (N, chunks, E) each. ADJOINT walks backwards: its end is mu = a lambda at the
+    first token.
+    """
+    n, place, first, tokens, _, e, inside = _locate(L, length, E, BLOCK_E)
+    weights, bias = _load_projection(dt_weight_ptr, dt_bias_ptr, e, inside, E, RANK)
+    end, decay = _walk(
+        tl.zeros((BLOCK_E,), tl.float32), x_ptr + (n * L + first) * E + e,
+        _steps_at(dt_ptr, n, first, e, L, stride_dn, E, STRIDE_DT, RANK), B_ptr + n * stride_Bn + first * STRIDE_B,
+        x_ptr, _load_channels(A_ptr + e, inside) * LOG2_E, weights, bias, inside, tokens,
+        E, STRIDE_DT, STRIDE_B, ADJOINT, False, GROUP,
+    )  # fmt: skip
+    _store_channels(end_ptr + place * E + e, end, inside)
+    _store_channels(decay_ptr + place * E + e, decay, inside)
 
 
 @triton.jit
@@ -146,57 +234,7 @@ def _compose(a1, b1, a2, b2):
     return a1 * a2, a2 * b1 + b2
 
 
-@triton.jit
-def _compose_adjoint(a2, p2, q2, a1, p1, q1):
-    """Composes two stretches of the adjoint recurrence, the later one (2) first.
-
-    A stretch takes mu = a lambda of the token after it and gives lambda = p mu + q at its first token, whose factor a
-    it remembers. With the factor inside, no token needs that of its neighbour.
-    """
-    return a1, p1 * a2 * p2, p1 * a2 * q2 + q1
-
-
-@triton.jit
-def carry_kernel(
-    x_ptr, dt_ptr, B_ptr, dt_weight_ptr, dt_bias_ptr, A_ptr, end_ptr, decay_ptr, L, E, tiles,
-    stride_dn, stride_dt, stride_Bn, stride_Bt,
-    ADJOINT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Computes what one chunk contributes at its end, started from 0, and the factor that it puts on its start.
-
-    Grid: images x chunks x channel blocks. Reads x (u, or dh if ADJOINT) and the step size of its chunk; writes
-    ``BLOCK_E`` values of end and decay, (N, chunks, E) each. ADJOINT walks backwards: its end is mu = a lambda at the
-    first token.
-
-    A sum is enough: a token reaches the end with the exponential of the sum of the step sizes on its way. Rows of a
-    tile are in the order that the way sees last to first.
-    """
-    n, chunk, _, e = _locate(L, E, tiles, BLOCK_L, BLOCK_E)
-    A = tl.load(A_ptr + e, mask=e < E, other=0.0)
-    end = tl.zeros((BLOCK_E,), tl.float32)
-    duration = tl.zeros((BLOCK_E,), tl.float32)
-    row = tl.arange(0, BLOCK_L)
-    for i in range(tiles):
-        t = (chunk * tiles + (tiles - 1 - i if ADJOINT else i)) * BLOCK_L + (row if ADJOINT else BLOCK_L - 1 - row)
-        x = _load_tile(x_ptr, n, t, e, L, E)
-        delta = _step_size(
-            dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_dn, stride_dt, RANK, BLOCK_R, USE_DOT
-        )
-        if ADJOINT:
-            remaining = tl.cumsum(delta, 0)
-        else:
-            x = x * delta * _load_tokens(B_ptr, n, t, L, stride_Bn, stride_Bt)[:, None]
-            remaining = tl.cumsum(delta, 0) - delta
-        tile_duration = tl.sum(delta, 0)
-        end = end * tl.exp(A * tile_duration) + tl.sum(x * tl.exp(A[None, :] * remaining), 0)
-        duration += tile_duration
-    offset = (n * tl.cdiv(L, tiles * BLOCK_L) + chunk) * E + e
-    tl.store(end_ptr + offset, end, mask=e < E)
-    tl.store(decay_ptr + offset, tl.exp(A * duration), mask=e < E)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=['chunks'])
 def combine_kernel(
     end_ptr, decay_ptr, start_ptr, chunks, E, ADJOINT: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -225,112 +263,211 @@ def combine_kernel(
         start = tl.sum(tl.where(row == BLOCK_CHUNKS - 1, end, 0.0), 0, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['L', 'length', 'stride_dn', 'stride_Bn'], do_not_specialize_on_alignment=['B_ptr'])
 def scan_kernel(
-    u_ptr, dt_ptr, B_ptr, dt_weight_ptr, dt_bias_ptr, A_ptr, start_ptr, h_ptr, L, E, tiles,
-    stride_dn, stride_dt, stride_Bn, stride_Bt,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    u_ptr, dt_ptr, B_ptr, dt_weight_ptr, dt_bias_ptr, A_ptr, start_ptr, h_ptr, L, length, stride_dn, stride_Bn,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Computes the state of one chunk from its start.
 
     Grid: images x chunks x channel blocks. Reads u and the step size of its chunk, ``BLOCK_E`` values of start
     (N, chunks, E); writes h of its chunk.
     """
-    n, chunk, _, e = _locate(L, E, tiles, BLOCK_L, BLOCK_E)
-    A = tl.load(A_ptr + e, mask=e < E, other=0.0)
-    row = tl.arange(0, BLOCK_L)
-    state = tl.load(start_ptr + (n * tl.cdiv(L, tiles * BLOCK_L) + chunk) * E + e, mask=e < E, other=0.0)
-    for i in range(tiles):
-        t = (chunk * tiles + i) * BLOCK_L + row
-        u = _load_tile(u_ptr, n, t, e, L, E)
-        delta = _step_size(
-            dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_dn, stride_dt, RANK, BLOCK_R, USE_DOT
-        )
-        B = _load_tokens(B_ptr, n, t, L, stride_Bn, stride_Bt)[:, None]
-        decay, h = tl.associative_scan((tl.exp(delta * A[None, :]), delta * B * u), 0, _compose)
-        h += decay * state[None, :]
-        _store_tile(h_ptr, h, n, t, e, L, E)
-        state = tl.sum(tl.where((row == BLOCK_L - 1)[:, None], h, 0.0), 0)
+    n, place, first, tokens, _, e, inside = _locate(L, length, E, BLOCK_E)
+    weights, bias = _load_projection(dt_weight_ptr, dt_bias_ptr, e, inside, E, RANK)
+    token = (n * L + first) * E + e
+    _walk(
+        _load_channels(start_ptr + place * E + e, inside), u_ptr + token,
+        _steps_at(dt_ptr, n, first, e, L, stride_dn, E, STRIDE_DT, RANK), B_ptr + n * stride_Bn + first * STRIDE_B,
+        h_ptr + token, _load_channels(A_ptr + e, inside) * LOG2_E, weights, bias, inside, tokens,
+        E, STRIDE_DT, STRIDE_B, False, True, GROUP,
+    )  # fmt: skip
 
 
 @triton.jit
+def _retreat(
+    mu, sums, dh_ptr, h_ptr, u_ptr, dy_ptr, dt_ptr, B_ptr, du_ptr, ddt_ptr, dB_ptr, has_previous, A, D, weights, bias,
+    inside,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr, CORE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Takes mu = a lambda through the ``COUNT`` tokens that start at the pointers, from the last to the first.
+
+    Stores the gradients of these tokens; returns mu and the sums of each channel: dA and, in the CORE, dD, that of the
+    bias and those of the weights. ``has_previous`` says whether a token stands before them in the image.
+    """
+    inputs = ()
+    for j in tl.static_range(COUNT):
+        if len(weights) > 0:
+            step = _project(dt_ptr + j * STRIDE_DT, weights, bias)
+        else:
+            step = _load_channels(dt_ptr + j * STRIDE_DT, inside)
+        if j == 0:
+            previous = tl.load(h_ptr - E, mask=inside & has_previous, other=0.0)
+        else:
+            previous = _load_channels(h_ptr + (j - 1) * E, inside)
+        dh = _load_channels(dh_ptr + j * E, inside)
+        u = _load_channels(u_ptr + j * E, inside)
+        dy = _load_channels(dy_ptr + j * E, inside) if CORE else dh
+        inputs += ((step, previous, dh, u, dy, tl.load(B_ptr + j * STRIDE_B).to(tl.float32)),)
+    for back in tl.static_range(COUNT):
+        step, previous, dh, u, dy, B = inputs[COUNT - 1 - back]
+        if len(weights) > 0:
+            step = _softplus(step)
+        adjoint = mu + dh
+        mu = adjoint * tl.exp2(step * (A * LOG2_E))
+        dexponent = mu * previous
+        along_u = adjoint * u
+        dstep = dexponent * A + along_u * B
+        du = adjoint * step * B
+        tl.store(dB_ptr + (COUNT - 1 - back), tl.sum(along_u * step, 0))
+        updated = (sums[0] + dexponent * step,)
+        if CORE:
+            du += dy * D
+            dstep *= _softplus_slope(step)
+            updated += (sums[1] + dy * u, sums[2] + dstep)
+        for r in tl.static_range(len(weights)):
+            at = (COUNT - 1 - back) * len(weights) + r
+            tl.store(ddt_ptr + at, tl.sum(dstep * weights[r], 0))
+            updated += (sums[3 + r] + dstep * tl.load(dt_ptr + (COUNT - 1 - back) * STRIDE_DT + r).to(tl.float32),)
+        if len(weights) == 0:
+            _store_channels(ddt_ptr + (COUNT - 1 - back) * E, dstep, inside)
+        _store_channels(du_ptr + (COUNT - 1 - back) * E, du, inside)
+        sums = updated
+    return mu, sums
+
+
+@triton.jit(do_not_specialize=['N', 'L', 'length', 'stride_dn', 'stride_Bn'], do_not_specialize_on_alignment=['B_ptr'])
 def scan_backward_kernel(
     dh_ptr, h_ptr, u_ptr, dt_ptr, B_ptr, dy_ptr, dt_weight_ptr, dt_bias_ptr, A_ptr, D_ptr, start_ptr,
-    du_ptr, ddt_ptr, dB_ptr, ddt_weight_ptr, ddt_bias_ptr, dA_ptr, dD_ptr, N, L, E, tiles,
-    stride_dn, stride_dt, stride_Bn, stride_Bt,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    du_ptr, ddt_ptr, dB_ptr, sums_ptr, N, L, length, stride_dn, stride_Bn,
+    E: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_B: tl.constexpr, RANK: tl.constexpr,
+    CORE: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of one chunk from the adjoint that enters at its end, walking backwards.
 
-    Tiles hold the tokens from the last to the first: a scan along their rows is the backward one.
-
-    Grid: images x chunks x channel blocks. Reads dh, h, u, (with RANK) dy and the step size of its chunk. Writes du
-    and, if RANK is 0, ddt as the gradient of the given step size; partial sums over its channels of dB (channel
-    blocks, N, L) and, with RANK, ddt (channel blocks, N, L, RANK); partial sums over its tokens of dA and, with RANK,
-    dD, ddt_bias (N, chunks, E) and ddt_weight (N, chunks, E, RANK).
+    Grid: images x chunks x channel blocks. Reads dh, h, u, (in the CORE) dy and the step size of its chunk. Writes du
+    and, if RANK is 0, ddt: the gradient of the given step size or, in the CORE, of what softplus made it from. Writes
+    partial sums over its channels of dB (channel blocks, N, L) and, with RANK, ddt (channel blocks, N, L, RANK);
+    partial sums over its tokens of dA and, in the CORE, of dD and the gradients of bias and RANK weights, (N, chunks,
+    1 or 3 + RANK, E).
     """
-    n, chunk, block, e = _locate(L, E, tiles, BLOCK_L, BLOCK_E)
-    A = tl.load(A_ptr + e, mask=e < E, other=0.0)
-    row = tl.arange(0, BLOCK_L)
-    place = (n * tl.cdiv(L, tiles * BLOCK_L) + chunk) * E + e
-    mu = tl.load(start_ptr + place, mask=e < E, other=0.0)
-    dA = tl.zeros((BLOCK_E,), tl.float32)
-    if RANK > 0:
-        D = tl.load(D_ptr + e, mask=e < E, other=0.0)
-        dD = tl.zeros((BLOCK_E,), tl.float32)
-        dbias = tl.zeros((BLOCK_E,), tl.float32)
-        r = tl.arange(0, BLOCK_R)
-        dweight = tl.zeros((BLOCK_E, BLOCK_R), tl.float32)
-    for i in range(tiles):
-        t = (chunk * tiles + tiles - i) * BLOCK_L - 1 - row
-        if RANK == 0:
-            delta = _load_tile(dt_ptr, n, t, e, L, E)
-        else:
-            pre = _project(
-                dt_ptr, dt_weight_ptr, dt_bias_ptr, n, t, e, L, E, stride_dn, stride_dt, RANK, BLOCK_R, USE_DOT
-            )
-            delta = _inside(_softplus(pre), t, e, L, E)
-        a = tl.exp(delta * A[None, :])
-        dh = _load_tile(dh_ptr, n, t, e, L, E)
-        _, through, adjoint = tl.associative_scan((a, tl.full(a.shape, 1.0, tl.float32), dh), 0, _compose_adjoint)
-        adjoint += through * mu[None, :]
-        mu_tile = adjoint * a
-        mu = tl.sum(tl.where((row == BLOCK_L - 1)[:, None], mu_tile, 0.0), 0)
+    n, place, first, tokens, block, e, inside = _locate(L, length, E, BLOCK_E)
+    weights, bias = _load_projection(dt_weight_ptr, dt_bias_ptr, e, inside, E, RANK)
+    A = _load_channels(A_ptr + e, inside)
+    D = _load_channels(D_ptr + e, inside)
+    mu = _load_channels(start_ptr + place * E + e, inside)
+    sums = ()
+    for _ in tl.static_range(3 + RANK if CORE else 1):
+        sums += (tl.zeros((BLOCK_E,), tl.float32),)
 
-        u = _load_tile(u_ptr, n, t, e, L, E)
-        B = _load_tokens(B_ptr, n, t, L, stride_Bn, stride_Bt)[:, None]
-        previous = (n * L + t - 1)[:, None] * E + e[None, :]
-        mask = ((t > 0) & (t < L))[:, None] & (e < E)[None, :]
-        dexponent = mu_tile * tl.load(h_ptr + previous, mask=mask, other=0.0)
-        dA += tl.sum(dexponent * delta, 0)
-        ddelta = dexponent * A[None, :] + adjoint * B * u
-        dinput = adjoint * delta
-        tl.store(dB_ptr + (block.to(tl.int64) * N + n) * L + t, tl.sum(dinput * u, 1), mask=t < L)
-        du = dinput * B
-        if RANK == 0:
-            _store_tile(ddt_ptr, ddelta, n, t, e, L, E)
-        else:
-            dy = _load_tile(dy_ptr, n, t, e, L, E)
-            du += dy * D[None, :]
-            dD += tl.sum(dy * u, 0)
-            dpre = _inside(ddelta * tl.sigmoid(pre), t, e, L, E)
-            dbias += tl.sum(dpre, 0)
-            weight = _load_weight(dt_weight_ptr, r, e, E, RANK)
-            ddt = tl.dot(dpre, tl.trans(weight), input_precision='tf32x3')
-            ddt_rows = ((block.to(tl.int64) * N + n) * L + t)[:, None] * RANK
-            tl.store(ddt_ptr + ddt_rows + r[None, :], ddt, mask=(t < L)[:, None] & (r < RANK)[None, :])
-            dt = _load_low_rank(dt_ptr, n, t, r, L, stride_dn, stride_dt, RANK)
-            dweight += tl.dot(tl.trans(dpre), dt, input_precision='tf32x3')
-        _store_tile(du_ptr, du, n, t, e, L, E)
-    tl.store(dA_ptr + place, dA, mask=e < E)
-    if RANK > 0:
-        tl.store(dD_ptr + place, dD, mask=e < E)
-        tl.store(ddt_bias_ptr + place, dbias, mask=e < E)
-        tl.store(
-            ddt_weight_ptr + place[:, None] * RANK + r[None, :], dweight, mask=(e < E)[:, None] & (r < RANK)[None, :]
-        )
+    channels = (n * L + first) * E + e
+    dh_ptr += channels
+    h_ptr += channels
+    u_ptr += channels
+    dy_ptr += channels
+    du_ptr += channels
+    dt_ptr = _steps_at(dt_ptr, n, first, e, L, stride_dn, E, STRIDE_DT, RANK)
+    B_ptr += n * stride_Bn + first * STRIDE_B
+    partial = (block.to(tl.int64) * N + n) * L + first
+    dB_ptr += partial
+    STRIDE_DDT: tl.constexpr = E if RANK == 0 else RANK
+    if RANK == 0:
+        ddt_ptr += channels
+    else:
+        ddt_ptr += partial * RANK
+
+    groups = tokens // GROUP
+    for i in range(tokens - groups * GROUP):
+        t = tokens - 1 - i
+        mu, sums = _retreat(
+            mu, sums, dh_ptr + t * E, h_ptr + t * E, u_ptr + t * E, dy_ptr + t * E, dt_ptr + t * STRIDE_DT,
+            B_ptr + t * STRIDE_B, du_ptr + t * E, ddt_ptr + t * STRIDE_DDT, dB_ptr + t, first + t > 0, A, D, weights,
+            bias, inside, E, STRIDE_DT, STRIDE_B, CORE, 1,
+        )  # fmt: skip
+    for i in range(groups):
+        t = (groups - 1 - i) * GROUP
+        mu, sums = _retreat(
+            mu, sums, dh_ptr + t * E, h_ptr + t * E, u_ptr + t * E, dy_ptr + t * E, dt_ptr + t * STRIDE_DT,
+            B_ptr + t * STRIDE_B, du_ptr + t * E, ddt_ptr + t * STRIDE_DDT, dB_ptr + t, first + t > 0, A, D, weights,
+            bias, inside, E, STRIDE_DT, STRIDE_B, CORE, GROUP,
+        )  # fmt: skip
+    for k in tl.static_range(len(sums)):
+        _store_channels(sums_ptr + (place * len(sums) + k) * E + e, sums[k], inside)
+
+
+@triton.jit
+def _locate_tile(tile, L, BLOCK_T: tl.constexpr):
+    """Returns image and tokens of a tile; the tiles of all images are counted through."""
+    tiles = tl.cdiv(L, BLOCK_T)
+    return (tile // tiles).to(tl.int64), tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+
+
+@triton.jit
+def _load_low_rank(dt_ptr, n, t, r, L, stride_dn, stride_dt, RANK: tl.constexpr):
+    """Loads dt for tokens t (rows) and components r (columns) as float32, 0 outside."""
+    offset = n * stride_dn + t.to(tl.int64)[:, None] * stride_dt + r[None, :]
+    return tl.load(dt_ptr + offset, mask=(t < L)[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_weight(dt_weight_ptr, r, e, E, RANK: tl.constexpr):
+    """Loads the transposed dt_weight (RANK, E) for components r (rows) and channels e (columns), 0 outside."""
+    return tl.load(dt_weight_ptr + r[:, None] * E + e[None, :], mask=(r < RANK)[:, None] & (e < E)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=['L', 'stride_dn'])
+def step_size_kernel(
+    dt_ptr, dt_weight_ptr, dt_bias_ptr, delta_ptr, L, E, stride_dn, stride_dt,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Computes the step size ``softplus(dt · dt_weight + dt_bias)`` of one tile in float32.
+
+    Grid: tiles of all images x channel blocks. Reads dt of its tokens and dt_weight of its channels, writes delta.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(E, BLOCK_E)
+    n, t = _locate_tile(pid // blocks, L, BLOCK_T)
+    e = pid % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    r = tl.arange(0, BLOCK_R)
+    dt = _load_low_rank(dt_ptr, n, t, r, L, stride_dn, stride_dt, RANK)
+    weight = _load_weight(dt_weight_ptr, r, e, E, RANK)
+    bias = tl.load(dt_bias_ptr + e, mask=e < E, other=0.0)
+    delta = _softplus(tl.dot(dt, weight, input_precision=PRECISION) + bias[None, :])
+    offset = (n * L + t)[:, None] * E + e[None, :]
+    tl.store(delta_ptr + offset, delta, mask=(t < L)[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=['N', 'L', 'tiles', 'stride_dn'])
+def step_size_backward_kernel(
+    dpre_ptr, dt_ptr, dt_weight_ptr, ddt_ptr, ddt_weight_ptr, N, L, E, tiles, stride_dn, stride_dt,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Computes what some tiles add to the gradients of dt and dt_weight.
+
+    Grid: ranges of tiles of all images x channel blocks. Reads dpre, the gradient before softplus, and dt of its
+    tokens. Writes the partial sums over its channels of ddt (channel blocks, N, L, RANK) and over its tokens of
+    ddt_weight (ranges, E, RANK).
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(E, BLOCK_E)
+    block = pid % blocks
+    e = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    r = tl.arange(0, BLOCK_R)
+    weight = tl.trans(_load_weight(dt_weight_ptr, r, e, E, RANK))
+    dweight = tl.zeros((BLOCK_E, BLOCK_R), tl.float32)
+    begin = pid // blocks * tiles
+    for tile in range(begin, tl.minimum(begin + tiles, N * tl.cdiv(L, BLOCK_T))):
+        n, t = _locate_tile(tile, L, BLOCK_T)
+        inside = (t < L)[:, None] & (e < E)[None, :]
+        dpre = tl.load(dpre_ptr + (n * L + t)[:, None] * E + e[None, :], mask=inside, other=0.0)
+        rows = ((block.to(tl.int64) * N + n) * L + t)[:, None] * RANK
+        mask = (t < L)[:, None] & (r < RANK)[None, :]
+        tl.store(ddt_ptr + rows + r[None, :], tl.dot(dpre, weight, input_precision=PRECISION), mask=mask)
+        dt = _load_low_rank(dt_ptr, n, t, r, L, stride_dn, stride_dt, RANK)
+        dweight += tl.dot(tl.trans(dpre), dt, input_precision=PRECISION)
+    place = ((pid // blocks).to(tl.int64) * E + e)[:, None] * RANK + r[None, :]
+    tl.store(ddt_weight_ptr + place, dweight, mask=(e < E)[:, None] & (r < RANK)[None, :])
 
 
 class Scan:
@@ -349,33 +486,37 @@ class Scan:
         self.u = u
         self.N, self.E = u.shape[0], u.shape[-1]
         self.L = u.shape[1:-1].numel()
-        self.dt, self.B = uniform_tokens(dt), uniform_tokens(B)
-        self.A = A.contiguous()
-        # The kernels do not touch the projection without a rank; a pointer has to be there all the same.
-        self.dt_weight = self.A if dt_weight is None else dt_weight.t().contiguous()
-        self.dt_bias = self.A if dt_bias is None else dt_bias.contiguous()
+        self.B, self.A = uniform_tokens(B), A.contiguous()
+        self.low_rank = self.dt = uniform_tokens(dt)
         self.rank = 0 if dt_weight is None else dt_weight.shape[1]
+        # The kernels do not touch the projection without a rank; a pointer has to be there all the same.
+        self.dt_weight = dt_weight.t().contiguous() if self.rank else self.A
+        self.dt_bias = dt_bias.contiguous() if self.rank else self.A
 
         self.blocks = triton.cdiv(self.E, BLOCK_E)
-        tiles = triton.cdiv(self.L, BLOCK_L)
-        self.tiles = min(tiles, max(1, self.N * self.blocks * tiles // TARGET_PROGRAMS))
-        self.chunks = triton.cdiv(tiles, self.tiles)
-        self.grid = (self.N * self.chunks * self.blocks,)
-        self.strides = (self.dt.stride(0), self.dt.stride(1), self.B.stride(0), self.B.stride(1))
+        length = max(MIN_LENGTH, self.N * self.blocks * self.L // TARGET_PROGRAMS)
+        self.length = triton.cdiv(length, GROUP) * GROUP
+        self.chunks = triton.cdiv(self.L, self.length)
+        self.programs = self.N * self.chunks * self.blocks
+        self.by_product = self.rank >= DOT_RANK
+        if self.by_product:
+            self.dt = self._step_sizes()
+        self.sizes = (self.L, self.length, self.dt.stride(0), self.B.stride(0))
         self.constants = {
-            'RANK': self.rank,
-            'BLOCK_R': max(DOT_RANK, triton.next_power_of_2(self.rank)),
-            'USE_DOT': self.rank >= DOT_RANK,
-            'BLOCK_L': BLOCK_L,
+            'E': self.E,
+            'STRIDE_DT': self.dt.stride(1),
+            'STRIDE_B': self.B.stride(1),
+            'RANK': 0 if self.by_product else self.rank,
             'BLOCK_E': BLOCK_E,
+            'num_warps': 1,
         }
 
     def states(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the states h in the given dtype, contiguous, shape of u."""
         h = torch.empty(self.u.shape, dtype=dtype, device=self.u.device)
-        scan_kernel[self.grid](
-            self.u, self.dt, self.B, self.dt_weight, self.dt_bias, self.A, self._starts(self.u, False), h,
-            self.L, self.E, self.tiles, *self.strides, **self.constants, num_warps=NUM_WARPS,
+        launch(
+            scan_kernel, self.programs, self.u, self.dt, self.B, self.dt_weight, self.dt_bias, self.A,
+            self._starts(self.u, False), h, *self.sizes, **self.constants, GROUP=GROUP,
         )  # fmt: skip
         return h
 
@@ -388,42 +529,80 @@ class Scan:
             dy: Gradient of the observation, for its skip D u; only if the step size is computed here.
             D: Skip weight; likewise.
         """
-        per_chunk = (self.N * self.chunks, self.E)
+        rank = self.constants['RANK']
         du = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device)
         dB = self._empty(self.blocks, self.N, self.L)
-        dA = self._empty(*per_chunk)
-        if self.rank:
-            ddt = self._empty(self.blocks, self.N, self.L, self.rank)
-            ddt_weight, ddt_bias, dD = (
-                self._empty(*per_chunk, self.rank),
-                self._empty(*per_chunk),
-                self._empty(*per_chunk),
-            )
+        if rank:
+            ddt = self._empty(self.blocks, self.N, self.L, rank)
         else:
-            ddt = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device)
-            dy, D, ddt_weight, ddt_bias, dD = dh, self.A, dA, dA, dA  # not touched without a rank
-        scan_backward_kernel[self.grid](
-            dh, h, self.u, self.dt, self.B, dy, self.dt_weight, self.dt_bias, self.A, D, self._starts(dh, True),
-            du, ddt, dB, ddt_weight, ddt_bias, dA, dD, self.N, self.L, self.E, self.tiles, *self.strides,
-            **self.constants, num_warps=NUM_WARPS_BACKWARD if self.rank > DOT_RANK else NUM_WARPS,
+            dtype = torch.float32 if self.rank else self.u.dtype
+            ddt = torch.empty(self.u.shape, dtype=dtype, device=self.u.device)
+        sums = self._empty(self.N * self.chunks, 3 + rank if self.rank else 1, self.E)
+        if not self.rank:
+            dy, D = dh, self.A  # not touched
+        launch(
+            scan_backward_kernel, self.programs, dh, h, self.u, self.dt, self.B, dy, self.dt_weight, self.dt_bias,
+            self.A, D.contiguous(), self._starts(dh, True), du, ddt, dB, sums, self.N, *self.sizes, **self.constants,
+            CORE=self.rank > 0, GROUP=GROUP_BACKWARD,
         )  # fmt: skip
         dB = dB.sum(0).to(self.u.dtype)
         if not self.rank:
-            return du, ddt, dB, dA.sum(0)
-        return du, ddt.sum(0).to(self.u.dtype), dB, dA.sum(0), ddt_weight.sum(0), ddt_bias.sum(0), dD.sum(0)
+            return du, ddt, dB, sums.sum(0)[0]
+        if self.by_product:
+            ddt, ddt_weight = self._projection_gradients(ddt)
+        dA, dD, ddt_bias, *weights = sums.sum(0)
+        if rank:
+            ddt_weight = torch.stack(weights, 1)
+        return du, ddt.sum(0).to(self.u.dtype), dB, dA.clone(), ddt_weight, ddt_bias.clone(), dD.clone()
+
+    def _step_sizes(self) -> torch.Tensor:
+        """Returns the step size in float32, contiguous, (N, L, E), as a matrix product."""
+        delta = self._empty(self.N, self.L, self.E)
+        launch(
+            step_size_kernel, self._dot_tiles() * triton.cdiv(self.E, DOT_BLOCK[1]), self.dt, self.dt_weight,
+            self.dt_bias, delta, self.L, self.E, *self.low_rank.stride()[:2], **self._dot_constants(),
+        )  # fmt: skip
+        return delta
+
+    def _projection_gradients(self, dpre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns partial sums of ddt (any, N, L, R), and ddt_weight (E, R), from the gradient before softplus."""
+        blocks, all_tiles = triton.cdiv(self.E, DOT_BLOCK[1]), self._dot_tiles()
+        tiles = max(1, blocks * all_tiles // DOT_PROGRAMS)
+        ranges = triton.cdiv(all_tiles, tiles)
+        ddt = self._empty(blocks, self.N, self.L, self.rank)
+        ddt_weight = self._empty(ranges, self.E, self.rank)
+        launch(
+            step_size_backward_kernel, ranges * blocks, dpre, self.low_rank, self.dt_weight, ddt, ddt_weight,
+            self.N, self.L, self.E, tiles, *self.low_rank.stride()[:2], **self._dot_constants(),
+        )  # fmt: skip
+        return ddt, ddt_weight.sum(0)
+
+    def _dot_tiles(self) -> int:
+        return self.N * triton.cdiv(self.L, DOT_BLOCK[0])
+
+    def _dot_constants(self) -> dict[str, int]:
+        return {
+            'RANK': self.rank,
+            'BLOCK_R': max(16, triton.next_power_of_2(self.rank)),
+            'BLOCK_T': DOT_BLOCK[0],
+            'BLOCK_E': DOT_BLOCK[1],
+            'num_warps': 4,
+            'num_stages': 1,
+        }
 
     def _starts(self, x: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """Returns the state (or, from the other end, the adjoint) that enters each chunk, (N, chunks, E)."""
         if self.chunks == 1:
             return torch.zeros(self.N, 1, self.E, dtype=torch.float32, device=x.device)
         end, decay, start = (self._empty(self.N, self.chunks, self.E) for _ in range(3))
-        carry_kernel[self.grid](
-            x, self.dt, self.B, self.dt_weight, self.dt_bias, self.A, end, decay, self.L, self.E, self.tiles,
-            *self.strides, ADJOINT=adjoint, **self.constants, num_warps=NUM_WARPS,
+        launch(
+            carry_kernel, self.programs, x, self.dt, self.B, self.dt_weight, self.dt_bias, self.A, end, decay,
+            *self.sizes, **self.constants, ADJOINT=adjoint, GROUP=GROUP,
         )  # fmt: skip
-        combine_kernel[(self.N * self.blocks,)](
-            end, decay, start, self.chunks, self.E, ADJOINT=adjoint, BLOCK_CHUNKS=BLOCK_CHUNKS, BLOCK_E=BLOCK_E,
-            num_warps=NUM_WARPS,
+        chunks, channels = COMBINE_BLOCK
+        launch(
+            combine_kernel, self.N * triton.cdiv(self.E, channels), end, decay, start, self.chunks, self.E,
+            ADJOINT=adjoint, BLOCK_CHUNKS=chunks, BLOCK_E=channels, num_warps=4,
         )  # fmt: skip
         return start
 

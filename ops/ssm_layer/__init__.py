@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_not_empty, check_parameter, check_scale, check_tensor, refuse_forward_mode
+from ..depthwise_conv import split_gradient
 from ..library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
 from ..residual import add_branch, scale_gradient
 from ..state_fusion.taps import TAP_OFFSETS
@@ -135,7 +136,7 @@ def _backward_kernel(
     before, z = uz.chunk(2, -1)
     dbranch = scale_gradient(dout, scale).to(uz.dtype)
 
-    dy, dz, dout_norm_weight, dout_norm_bias, gated = OPS.gated_norm_backward(
+    dy, dz, dout_norm, gated = OPS.gated_norm_backward(
         dbranch @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps, True
     )
     dout_weight = dbranch.reshape(-1, d).T @ gated.view(-1, E)
@@ -145,7 +146,8 @@ def _backward_kernel(
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
     dx_weight = dsteps.T @ u.view(-1, E)
     du.view(-1, E).addmm_(dsteps, x_weight)
-    dbefore, dconv_weight, dconv_bias = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
+    dbefore, dconv = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
+    dconv_weight, dconv_bias = (gradient.clone() for gradient in split_gradient(dconv))
     del du
 
     x_acc = x.to(norm_weight.dtype)
@@ -161,7 +163,7 @@ def _backward_kernel(
     )
     return (
         dx.add_(dout).to(x.dtype), dnorm_weight, dnorm_bias, din_weight, dx_weight, dout_weight, dconv_weight,
-        dconv_bias, *dcore, dout_norm_weight, dout_norm_bias,
+        dconv_bias, *dcore, *(gradient.clone() for gradient in dout_norm),
     )  # fmt: skip
 
 

@@ -250,7 +250,9 @@ inline void correlate_row(
     const FusionRows<acc_t>& rows, const TapVectors<acc_t>& taps, int64_t W, const Gradient& gradient,
     TapVectors<acc_t>& dtaps, const Sink& sink) {
   // The sum over one row is added to the total at its end: this keeps the error of long sums in float32 small.
-  TapVectors<acc_t> sums{};
+  // Zeros by name: the constructor of a vector leaves its register as it is before PyTorch 2.9.
+  TapVectors<acc_t> sums;
+  sums.fill(Vec<acc_t>(0));
   const FusionRows<acc_t> local_rows = rows;
   const TapVectors<acc_t> local_taps = taps;
   int64_t column = 0;
