@@ -2,9 +2,11 @@
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / 'mmspatialmamba' / 'version.py').read_text().split("__version__ = '")[1].split("'")[0]
@@ -16,6 +18,26 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+class BuildPy(build_py):
+    """Adds what mim and config_path() look for in an installed package.
+
+    The checkout has symbolic links there, of which Git for Windows and some zip programs make text files; so the
+    folders themselves are copied.
+    """
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'mmspatialmamba' / '.mim'
+        for folder in ('configs', 'tools'):
+            shutil.copytree(
+                ROOT / folder, target / folder, ignore=shutil.ignore_patterns('__pycache__'), dirs_exist_ok=True
+            )
+        shutil.copy2(ROOT / 'model-index.yml', target)
+
+
+COMMANDS = {'build_py': BuildPy}
 PACKAGES = [
     '.'.join((*parent, *path.parent.relative_to(ROOT).parts))
     for folder, parent in (('mmspatialmamba', ()), ('ops', ('mmspatialmamba',)))
@@ -74,7 +96,8 @@ def build_ops() -> dict:
 
     native = torch.backends.cpu.get_cpu_capability().lower()
     variants = list(VECTOR_FLAGS) if CPU_VARIANTS == 'all' else [native if native in VECTOR_FLAGS else 'default']
-    return {'ext_modules': [extension(variant) for variant in variants], 'cmdclass': {'build_ext': BuildOps}}
+    COMMANDS['build_ext'] = BuildOps
+    return {'ext_modules': [extension(variant) for variant in variants]}
 
 
 def skipped(reason: str, error: Exception | None = None) -> dict:
@@ -95,13 +118,10 @@ setup(
     python_requires='>=3.10',
     packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
-    # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
-    package_data={
-        'mmspatialmamba': ['.mim/model-index.yml', '.mim/configs/*', '.mim/configs/_base_/*', '.mim/tools/*.py']
-    },
     install_requires=['torch>=2.6'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
     **build_ops(),
+    cmdclass=COMMANDS,
 )

@@ -128,7 +128,8 @@ def swap_backbone(
     """
     if not isinstance(cfg, Config):
         raise TypeError(f'swap_backbone: cfg must be an mmengine Config, got {type(cfg).__name__}')
-    known = {name: cls for name, cls in OWN_MODELS.module_dict.items() if issubclass(cls, Backbone)}
+    # Not a backbone under another's arguments, such as MM_SpatialMamba.
+    known = {name: cls for name, cls in OWN_MODELS.module_dict.items() if 'ARCHITECTURES' in vars(cls)}
     if backbone not in known:
         raise ValueError(f'swap_backbone: backbone must be one of {", ".join(known)}, got {backbone!r}')
     with torch.device('meta'):  # checks the arguments

@@ -455,6 +455,8 @@ def test_other_refusals():
         swap_backbone(retinanet(strides=(1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r'neck FPN states in_channels \[64, 128, 256, 512\]; expected .* \[64, 128\]'):
         swap_backbone(retinanet(out_indices=(0, 1)))
+    with pytest.raises(ValueError, match="backbone must be one of SpatialMamba, got 'MM_SpatialMamba'"):
+        swap_backbone(retinanet(), backbone='MM_SpatialMamba')
     with pytest.raises(ValueError, match='arch must be one of tiny'):
         swap_backbone(retinanet(), 'huge')
     with pytest.raises(TypeError, match='with_cp'):

@@ -327,6 +327,8 @@ def benchmark_backbones(args: argparse.Namespace) -> list[dict]:
                 candidates[name] = step(build(name, size).to(args.device), x, args)
             except (ImportError, RuntimeError) as error:
                 print(f'{name}: left out, it cannot be imported ({error})')
+        if not candidates:
+            sys.exit('nothing to measure: none of the models can be imported')
         kernels = {}
         samples = measure(candidates, args.device, args.rounds, kernels=kernels)
         first = samples[next(iter(samples))]

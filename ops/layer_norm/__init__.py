@@ -78,14 +78,12 @@ define(
     ' -> (Tensor out, Tensor mean, Tensor inverse)',
     layer_norm_reference,
     _fake,
-    slow=False,
 )
 define(
     'layer_norm_backward(Tensor dout, Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias)'
     ' -> (Tensor dx, Tensor dparameters)',
     layer_norm_backward_reference,
     lambda dout, x, mean, *parameters: (x.new_empty(x.shape), mean.new_empty(2, x.shape[-1])),
-    slow=False,
 )
 register_autograd('layer_norm', _backward, _setup_context)
 refuse_double_backward('layer_norm_backward')
