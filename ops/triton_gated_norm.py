@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_scan import uniform_tokens
+from .triton_scan import launch, uniform_tokens
 
 BLOCK_VALUES = 2048
 """Values of a tile, if a token has no more; then 16 a thread."""
@@ -47,7 +47,7 @@ def _normalize(y, inside, E, eps):
     return tl.where(inside, centred * inverse, 0.0), inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'L'])
 def gated_norm_kernel(
     y_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, tokens, L, E, stride_zn, stride_zt, eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -66,7 +66,7 @@ def gated_norm_kernel(
     _store_map(out_ptr, (norm * weight + bias) * z * tl.sigmoid(z), t, e, inside, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'L'], do_not_specialize_on_alignment=['tiles'])
 def gated_norm_backward_kernel(
     dout_ptr, y_ptr, z_ptr, weight_ptr, bias_ptr, dy_ptr, dz_ptr, out_ptr, dweight_ptr, dbias_ptr,
     tokens, L, E, tiles, stride_zn, stride_zt, eps,
@@ -120,9 +120,10 @@ def gated_norm(y, z, weight, bias, eps) -> torch.Tensor:
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     tiles, constants = _launch(y)
     N, L, E = z.shape
-    gated_norm_kernel[(tiles,)](
-        y, z, weight.contiguous(), bias.contiguous(), out, N * L, L, E, z.stride(0), z.stride(1), eps, **constants
-    )
+    launch(
+        gated_norm_kernel, tiles, y, z, weight.contiguous(), bias.contiguous(), out, N * L, L, E, z.stride(0),
+        z.stride(1), eps, **constants,
+    )  # fmt: skip
     return out
 
 
@@ -136,8 +137,8 @@ def gated_norm_backward(dout, y, z, weight, bias, eps, with_out=False) -> tuple[
     blocks = triton.cdiv(all_tiles, tiles)
     N, L, E = z.shape
     dweight, dbias = (torch.empty(blocks, E, dtype=torch.float32, device=y.device) for _ in range(2))
-    gated_norm_backward_kernel[(blocks,)](
-        dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, dweight, dbias, N * L, L, E, tiles,
-        z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
+    launch(
+        gated_norm_backward_kernel, blocks, dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, dweight,
+        dbias, N * L, L, E, tiles, z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
     )  # fmt: skip
     return dy, dz, dweight.sum(0), dbias.sum(0), out
