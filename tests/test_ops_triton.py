@@ -82,6 +82,8 @@ CHECKS = {
         'ssm: NaN in one image stays there, backward',
         'ssm: two runs, same bits',
         'ssm: a dropped step size bias is seen',
+        'ssm: relative error of the step size',
+        "ssm: relative error of softplus's derivative",
     ),
 }
 
@@ -90,11 +92,6 @@ GROUPS = {
     'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm',
 }  # fmt: skip
 """Group whose cases run an op."""
-
-MAX_SPILLED = {'scan_kernel': 32, 'scan_backward_kernel': 32, 'adjoint_border_kernel': 32}
-"""Bytes a thread may spill; 0 for kernels that are not listed. Measured: 24 in the scan at rank 48 (0 up to rank 32),
-16 in its backward at rank 32, 32 at the border.
-"""
 
 
 class Groups:
@@ -171,9 +168,9 @@ def test_compiles_without_spills(groups, group):
             f'{row["kernel"]:22} {row["dtype"]:5} {rank!s:>4} {row["warps"]:5} {row["registers"]:9}'
             f' {row["spilled"]:7} {row["shared"]:6}'
         )
-    assert len({row['kernel'] for row in rows}) == 15
+    assert len({row['kernel'] for row in rows}) == 17
     for row in rows:
-        assert row['spilled'] <= MAX_SPILLED.get(row['kernel'], 0), row
+        assert not row['spilled'], row
         # 227 KiB of shared memory a block on Hopper, 163 on Ampere's A100
         assert row['shared'] <= 163 * 1024, row
 

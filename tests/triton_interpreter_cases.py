@@ -366,6 +366,13 @@ def scan_cases():
             strict=True,
         )
     )
+    # One step of each chunk ends all memory. A factor from the difference of two sums of steps would lose the others.
+    for strong in (1e4, 1e6):
+        u, delta, A, B = scan_arguments(53, 20, torch.float32)
+        delta.fill_(0.02)
+        delta[:, 5::16] = strong
+        record('selective_scan', noise(u), u, delta, A, B)
+
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
     checks['scan: a carry lost at a chunk border is seen'] = compare('scan_states', *arguments)['h'] > 1e-2
@@ -415,16 +422,40 @@ def fusion_cases():
 
 
 @triton.jit
-def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE):
+def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE, BY_ROW):
     mask = ((y >= 0) & (y < H) & (x >= 0) & (x < W))[:, None] & inside[None, :]
     return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, mask, E, WIDE)
 
 
+@triton.jit
+def _softplus_kernel(x_ptr, step_ptr, slope_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step = triton_scan._softplus(tl.load(x_ptr + i))
+    tl.store(step_ptr + i, step)
+    tl.store(slope_ptr + i, triton_scan._softplus_slope(step))
+
+
+def softplus_cases():
+    """Asks for the relative error of the step size and of its derivative, from 1e-37 to 88."""
+    x = torch.cat((torch.linspace(-85, 88, 2**16), torch.linspace(-2, 2, 2**16)))
+    step, slope = torch.empty_like(x), torch.empty_like(x)
+    _softplus_kernel[(16,)](x, step, slope, BLOCK=2**13)
+    exact = torch.nn.functional.softplus(x.double(), threshold=200)
+    exact = torch.where(x < -20, torch.log1p(torch.exp(x.double())), exact)
+    checks['ssm: relative error of the step size'] = bool(((step / exact - 1).abs() < (3 + x.abs()) * 1.2e-7).all())
+    wanted = -torch.expm1(-step.double())
+    checks["ssm: relative error of softplus's derivative"] = bool(((slope / wanted - 1).abs() < 3e-7).all())
+
+
 def ssm_cases():
+    softplus_cases()
     for batch, grid, channels, rank, dtype in (
         (1, (1, 1), 5, 1, torch.float32),
         (1, (4, 9), 20, 3, torch.float32),
-        (2, (3, 6), 5, 17, torch.float32),
+        (2, (3, 6), 5, 15, torch.float32),
+        (2, (3, 6), 5, 16, torch.float32),
+        (2, (5, 7), 37, 64, torch.float32),
+        (1, (4, 5), 5, 17, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.float16),
     ):
