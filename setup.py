@@ -48,7 +48,7 @@ BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
     raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
 
-# Compiling every variant takes three times as long as that of this machine's processor, and serves other machines.
+# Every variant takes three times as long to compile as that of this processor, and serves other machines alone.
 CPU_VARIANTS = os.environ.get('MMSPATIALMAMBA_CPU_VARIANTS', 'native')
 if CPU_VARIANTS not in ('native', 'all'):
     raise ValueError(f"MMSPATIALMAMBA_CPU_VARIANTS: expected 'native' or 'all', got {CPU_VARIANTS!r}")

@@ -13,10 +13,13 @@ from . import checkpoint, flops
 from .backbone_swap import swap_backbone
 from .configs import config_path
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .models import SpatialMamba
+from .models import SpatialMamba, fuse, unfuse
 from .version import __version__
 
 checkpoint.register()
 flops.register()
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'ops', 'swap_backbone']
+__all__ = [
+    'LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'fuse', 'ops', 'swap_backbone',
+    'unfuse',
+]  # fmt: skip
