@@ -348,6 +348,23 @@ def test_statistics_of_an_averaged_teacher_follow():
 
 
 @pytest.mark.parametrize(
+    ('name', 'average'),
+    [
+        ('byol/byol_resnet50_16xb256-coslr-200e_in1k.py', 'target_net'),
+        ('densecl/densecl_resnet50_8xb32-coslr-200e_in1k.py', 'encoder_k'),
+        ('mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k.py', 'encoder_k'),
+        ('mocov3/mocov3_resnet50_8xb512-amp-coslr-100e_in1k.py', 'momentum_encoder'),
+    ],
+)
+def test_statistics_of_averages_inside_of_a_model_follow(name, average):
+    model = sweep_zoo.build(swap_backbone(zoo(f'mmpretrain::{name}'), SMALL))
+    average = getattr(model, average)
+    model.backbone.stem.reduce.norm.running_mean.fill_(1.0)
+    average.update_parameters(torch.nn.Sequential(model.backbone, model.neck))
+    assert average.module[0].stem.reduce.norm.running_mean.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
     ('factor', 'out', 'neck_out', 'head_in'),
     [
         (0.5, [128, 256, 512, 1024], [64, 128, 256, 512], [128, 256, 512, 1024]),  # as YOLOv5 and YOLOv8: as wide as we
