@@ -196,10 +196,10 @@ def check_parity(name: str, compiled: Callable, reference: Callable, dtype: torc
         raise ValueError(f'{name} differs from the reference by {error:.1e}, more than {TOLERANCES[dtype]:.0e}')
 
 
-def build_spatial_mamba(arch: str) -> torch.nn.Module:
+def build_spatial_mamba(arch: str, fused: bool = False) -> torch.nn.Module:
     from mmspatialmamba import SpatialMamba
 
-    return SpatialMamba(arch)
+    return SpatialMamba(arch, fused=fused)
 
 
 def build_swin() -> torch.nn.Module:
@@ -222,6 +222,7 @@ def build_convnext() -> torch.nn.Module:
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     'spatial_mamba_t': lambda: build_spatial_mamba('tiny'),
+    'spatial_mamba_t_fused': lambda: build_spatial_mamba('tiny', fused=True),
     'spatial_mamba_s': lambda: build_spatial_mamba('small'),
     'spatial_mamba_b': lambda: build_spatial_mamba('base'),
     'swin_t': build_swin,
