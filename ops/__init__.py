@@ -4,6 +4,7 @@ Needs PyTorch only; where MMEngine is missing, which ``mmspatialmamba`` needs, t
 folder by itself.
 """
 
+from . import flop_counter
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
@@ -14,6 +15,7 @@ from .state_fusion import fusion_taps, state_fusion
 from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
+flop_counter.register()
 
 __all__ = [
     'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'scan_states', 'ssm_layer',
