@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import get_weights, load_from_local
 from .models import SpatialMamba
+from .models.fused import FusedBlock
 from .models.ssm import StructureAwareSSM
 from .ops import scan_states, state_fusion
 
@@ -273,6 +274,8 @@ def record_ssm(
     """
     if not isinstance(backbone, SpatialMamba):
         raise ValueError(f'expected a SpatialMamba as backbone, found {type(backbone).__name__}')
+    if any(isinstance(module, FusedBlock) for module in backbone.modules()):
+        raise ValueError('expected a layered backbone, found a fused one: call mmspatialmamba.unfuse(backbone) first')
     turns = {
         tuple(int(part) for part in name.split('.')[1:4:2]): turn
         for turn, name in enumerate(
