@@ -22,7 +22,7 @@ from oracles import (
 )
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba, ops
+from mmspatialmamba import SpatialMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
