@@ -2,9 +2,11 @@
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / 'mmspatialmamba' / 'version.py').read_text().split("__version__ = '")[1].split("'")[0]
@@ -16,6 +18,26 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+class BuildPy(build_py):
+    """Adds what mim and config_path() look for in an installed package.
+
+    The checkout has symbolic links there, of which Git for Windows and some zip programs make text files; so the
+    folders themselves are copied.
+    """
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'mmspatialmamba' / '.mim'
+        for folder in ('configs', 'tools'):
+            shutil.copytree(
+                ROOT / folder, target / folder, ignore=shutil.ignore_patterns('__pycache__'), dirs_exist_ok=True
+            )
+        shutil.copy2(ROOT / 'model-index.yml', target)
+
+
+COMMANDS = {'build_py': BuildPy}
 PACKAGES = [
     '.'.join((*parent, *path.parent.relative_to(ROOT).parts))
     for folder, parent in (('mmspatialmamba', ()), ('ops', ('mmspatialmamba',)))
@@ -25,6 +47,11 @@ PACKAGES = [
 BUILD_OPS = os.environ.get('MMSPATIALMAMBA_BUILD_OPS', 'auto')
 if BUILD_OPS not in ('auto', '0', '1'):
     raise ValueError(f"MMSPATIALMAMBA_BUILD_OPS: expected 'auto', '0' or '1', got {BUILD_OPS!r}")
+
+# Every variant takes three times as long to compile as that of this processor, and serves other machines alone.
+CPU_VARIANTS = os.environ.get('MMSPATIALMAMBA_CPU_VARIANTS', 'native')
+if CPU_VARIANTS not in ('native', 'all'):
+    raise ValueError(f"MMSPATIALMAMBA_CPU_VARIANTS: expected 'native' or 'all', got {CPU_VARIANTS!r}")
 
 # One library for each width of vector registers; ops/backends.py loads the widest that the CPU has.
 VECTOR_FLAGS = {'default': []}
@@ -38,6 +65,7 @@ def build_ops() -> dict:
     if BUILD_OPS == '0':
         return skipped('MMSPATIALMAMBA_BUILD_OPS=0')
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         return skipped(f'{error} (pip needs --no-build-isolation to see the installed PyTorch)', error)
@@ -66,7 +94,10 @@ def build_ops() -> dict:
             extra_link_args=['-fopenmp'],
         )
 
-    return {'ext_modules': [extension(variant) for variant in VECTOR_FLAGS], 'cmdclass': {'build_ext': BuildOps}}
+    native = torch.backends.cpu.get_cpu_capability().lower()
+    variants = list(VECTOR_FLAGS) if CPU_VARIANTS == 'all' else [native if native in VECTOR_FLAGS else 'default']
+    COMMANDS['build_ext'] = BuildOps
+    return {'ext_modules': [extension(variant) for variant in variants]}
 
 
 def skipped(reason: str, error: Exception | None = None) -> dict:
@@ -87,13 +118,10 @@ setup(
     python_requires='>=3.10',
     packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
-    # Symbolic links in the checkout, files in the wheel: what mim and config_path() look for.
-    package_data={
-        'mmspatialmamba': ['.mim/model-index.yml', '.mim/configs/*', '.mim/configs/_base_/*', '.mim/tools/*.py']
-    },
     install_requires=['torch>=2.6'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
     **build_ops(),
+    cmdclass=COMMANDS,
 )

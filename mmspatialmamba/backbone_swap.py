@@ -96,6 +96,7 @@ def swap_backbone(
       SETR-MLA's neck, which adds maps of one stride, gets a ``MultiLevelNeck`` before it.
     - A two-stage detector without a neck (C4, DC5) gets a 1x1 ``ChannelMapper`` to the former channels as its neck, so
       that its shared head keeps its shape and its weights.
+    - Necks of MMYOLO, which state channels before their ``widen_factor``, state those that they have.
     - Where object-contextual representations (OCR) took two maps of one stride, both heads take both of ours, resized.
     - The backbone inside the context path of BiSeNetV1 and STDC is swapped, the path stays.
     - Of a tracker or a semi-supervised detector, the detector's backbone is swapped. A teacher that averages the
@@ -128,7 +129,8 @@ def swap_backbone(
     """
     if not isinstance(cfg, Config):
         raise TypeError(f'swap_backbone: cfg must be an mmengine Config, got {type(cfg).__name__}')
-    known = {name: cls for name, cls in OWN_MODELS.module_dict.items() if issubclass(cls, Backbone)}
+    # Not a backbone under another's arguments, such as MM_SpatialMamba.
+    known = {name: cls for name, cls in OWN_MODELS.module_dict.items() if 'ARCHITECTURES' in vars(cls)}
     if backbone not in known:
         raise ValueError(f'swap_backbone: backbone must be one of {", ".join(known)}, got {backbone!r}')
     with torch.device('meta'):  # checks the arguments
@@ -333,6 +335,8 @@ def _fit_neck(
         )
         part.neck = [resize, neck]
         return
+    if 'widen_factor' in neck:
+        _widen(part, neck, ours)
     dropped = len(former) - len(ours)
     _set_channels(neck, 'neck', former, ours)
     if dropped and 'start_level' in neck:
@@ -342,6 +346,21 @@ def _fit_neck(
     if type_name(neck) == 'SSDNeck':  # hands its input on, and adds maps
         neck.out_channels = (*ours, *neck.out_channels[len(ours) :])
         part.bbox_head.in_channels = neck.out_channels
+
+
+def _widen(part: ConfigDict, neck: ConfigDict, ours: list[int]) -> None:
+    """Lets a neck of MMYOLO state the channels that it has, in place of those before its ``widen_factor``."""
+    factor, stated, out = neck.widen_factor, neck.in_channels, neck.out_channels
+    neck.widen_factor = 1
+    neck.in_channels = [round(channels * factor) for channels in stated]
+    if out == stated:  # the layers of such a neck take both to be the same, so its outputs are as wide as our maps
+        neck.out_channels = list(ours)
+        module = part.bbox_head.head_module
+        module.in_channels = [int(channels / module.get('widen_factor', 1)) for channels in ours]
+    elif isinstance(out, Sequence):
+        neck.out_channels = [round(channels * factor) for channels in out]
+    else:
+        neck.out_channels = round(out * factor)
 
 
 def _fit_segmentation_heads(

@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / '.mim' / 'configs'
+PACKAGE = Path(__file__).parent
+FOLDER = next(
+    (folder for folder in (PACKAGE / '.mim' / 'configs', PACKAGE.parent / 'configs') if folder.is_dir()),
+    PACKAGE / '.mim' / 'configs',
+)
+"""In a wheel the first; in a checkout both, or only the second where Git makes text files of symbolic links."""
 
 
 def config_path(name: str) -> str:

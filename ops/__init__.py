@@ -6,6 +6,7 @@ Needs PyTorch only: a process that loads an exported program imports this, witho
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
+from .layer_norm import layer_norm
 from .library import define_retired
 from .mlp import mlp
 from .scan_states import scan_states
@@ -17,6 +18,6 @@ load_backends()
 define_retired()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'mlp', 'scan_states', 'ssm_layer',
-    'state_fusion', 'structure_aware_ssm',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',
+    'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from .depthwise_conv.flops import depthwise_conv
 from .gated_norm.flops import gated_norm
+from .layer_norm.flops import layer_norm
 from .scan_states.flops import scan_states
 from .state_fusion.flops import state_fusion
 from .structure_aware_ssm.flops import structure_aware_ssm
@@ -29,6 +30,7 @@ from .structure_aware_ssm.flops import structure_aware_ssm
 MULTIPLY_ADDS: dict[str, Callable[[list[tuple[int, ...]], tuple[int, ...]], Counter]] = {
     'depthwise_conv': depthwise_conv,
     'gated_norm': gated_norm,
+    'layer_norm': layer_norm,
     'scan_states': scan_states,
     'state_fusion': state_fusion,
     'structure_aware_ssm': structure_aware_ssm,

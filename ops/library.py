@@ -90,6 +90,12 @@ def define_retired() -> None:
         LIBRARY.impl(name, kernel, 'CompositeImplicitAutograd')
 
 
+def is_compiled(name: str, device: torch.device) -> bool:
+    """Returns whether a compiled kernel, not the reference, serves an op on a device."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    return device.type != 'meta' and torch._C._dispatch_has_kernel_for_dispatch_key(f'{NAMESPACE}::{name}', key)
+
+
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Registers the autograd formula of an op that `define` has defined."""
     torch.library.register_autograd(f'{NAMESPACE}::{name}', backward, setup_context=setup_context, lib=LIBRARY)

@@ -6,6 +6,7 @@ import torch
 
 from .depthwise_conv.onnx_translation import depthwise_conv
 from .gated_norm.onnx_translation import gated_norm
+from .layer_norm.onnx_translation import layer_norm
 from .scan_states.onnx_translation import scan_states
 from .state_fusion.onnx_translation import state_fusion
 from .structure_aware_ssm.onnx_translation import structure_aware_ssm
@@ -13,6 +14,7 @@ from .structure_aware_ssm.onnx_translation import structure_aware_ssm
 TRANSLATIONS = {
     torch.ops.mmspatialmamba.depthwise_conv.default: depthwise_conv,
     torch.ops.mmspatialmamba.gated_norm.default: gated_norm,
+    torch.ops.mmspatialmamba.layer_norm.default: layer_norm,
     torch.ops.mmspatialmamba.scan_states.default: scan_states,
     torch.ops.mmspatialmamba.state_fusion.default: state_fusion,
     torch.ops.mmspatialmamba.structure_aware_ssm.default: structure_aware_ssm,

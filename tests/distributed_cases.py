@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import DataLoader
 
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.models.spatial_mamba import Block
+from mmspatialmamba.models.block import Block
 
 WORLD_SIZE = 2
 ARCH = {'embed_dims': 8, 'depths': (1, 1, 2, 1)}

@@ -171,10 +171,14 @@ def relative_error(actual, expected):
     return ((actual.to(expected.dtype) - expected).abs().max() / scale).item()
 
 
-def rms_error(actual, expected):
-    """Root-mean-square difference over the root mean square that is expected, both in the dtype of ``expected``."""
-    scale = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return ((actual.to(expected.dtype) - expected).norm() / scale).item()
+def rms_error(actual, expected, scale=None):
+    """Root of the mean squared difference over that of the expected values, or over ``scale``.
+
+    Of a whole tensor, small channels weigh little: give the tensors of one kind to it one by one.
+    """
+    expected = expected.double()
+    scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny) if scale is None else scale
+    return ((actual.double() - expected).square().mean().sqrt() / scale).item()
 
 
 def use_references():

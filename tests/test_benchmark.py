@@ -63,3 +63,24 @@ def test_peers_are_taken_from_what_is_installed(monkeypatch):
 def test_quartiles_stay_within_the_samples():
     row = benchmark.summarise([benchmark.Sample(1e-3, 5e-4), benchmark.Sample(3e-3, 7e-4)])
     assert row == pytest.approx({'median_ms': 2.0, 'quartile_1_ms': 1.5, 'quartile_3_ms': 2.5, 'enqueue_ms': 0.6})
+
+
+def test_peers_of_which_none_can_be_imported(monkeypatch, tmp_path, capsys):
+    def build_peer(name, size):
+        raise ImportError("No module named 'torchvision'")
+
+    monkeypatch.setattr(benchmark, 'build_peer', build_peer)
+    with pytest.raises(SystemExit) as stop:
+        run_tool(
+            benchmark,
+            'backbones',
+            '--models',
+            'convnext_t',
+            '--device',
+            'cpu',
+            '--out',
+            tmp_path,
+            monkeypatch=monkeypatch,
+        )
+    assert stop.value.code == 'nothing to measure: none of the models can be imported'
+    assert "convnext_t: left out, it cannot be imported (No module named 'torchvision')" in capsys.readouterr().out

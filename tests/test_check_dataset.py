@@ -575,7 +575,7 @@ INNER = """
 metainfo = dict(classes=('circle', 'square', 'triangle'))
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
 common = dict(type='CocoDataset', data_root=data_root, ann_file='annotations/instances_train2017.json',
-              data_prefix=dict(img='train2017/'), metainfo=metainfo)
+              data_prefix=dict(img='train2017/'), metainfo=metainfo, serialize_data=False)
 inner = dict(common, pipeline=[*load, dict(type='PackDetInputs')])
 loading = dict(common, pipeline=load)
 train_dataloader['dataset'] = {}

@@ -109,3 +109,17 @@ def test_aot_inductor_takes_any_size(tmp_path):
     loaded = torch._inductor.aoti_load_package(path)
     for size in SIZES:
         assert_equal(loaded, model, size)
+
+
+def test_fx_takes_the_backbone_as_a_leaf():
+    model = nn.Sequential(build())
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, SpatialMamba) or super().is_leaf_module(module, name)
+
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    for size in SIZES:
+        assert_equal(traced, model, size, tolerance=0)

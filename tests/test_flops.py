@@ -70,6 +70,8 @@ def test_each_op_is_counted_by_its_formula():
     conv = partial(ops.depthwise_conv, stride=2)
     assert count(conv, maps[0], ones(E, 1, 3, 3), ones(E)) == {'conv': 9 * N * 2 * 3 * E}
     assert count(ops.gated_norm, maps[0], maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
+    assert count(ops.layer_norm, maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
+    assert count(ops.layer_norm, maps[0]) == {'layer_norm': 4 * tokens * E}
 
 
 def count_backbone(model, height, width):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmspatialmamba.ops import depthwise_conv, gated_norm, scan_states, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops import depthwise_conv, gated_norm, layer_norm, scan_states, state_fusion, structure_aware_ssm
 from mmspatialmamba.ops.depthwise_conv import split_gradient
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
+from mmspatialmamba.ops.layer_norm.reference import layer_norm_backward_reference, layer_norm_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
 from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm.reference import (
@@ -169,6 +170,26 @@ def test_gated_norm(batch, height, width, channels, dtype, layouts, device, seed
         bind(gated_norm), bind(gated_norm_reference), backward,
         norm_arguments((height, width), channels, dtype, batch, seed), 2, layouts, device, seed,
     )  # fmt: skip
+
+
+@FUZZ
+@given(
+    batch, dimension, dimension, st.integers(8, 70), dtypes, st.sampled_from(LAYOUTS), devices, seeds,
+    st.sampled_from((1e-5, 1.0)),
+)  # fmt: skip
+def test_layer_norm(batch, height, width, channels, dtype, layout, device, seed, eps):
+    """Of eight channels or more, as those of `gated_norm`."""
+
+    def reference(*tensors):
+        return layer_norm_reference(*tensors, eps, torch.float64)[0]
+
+    def backward(dout, x, *parameters):
+        _, *statistics = layer_norm_reference(x, *parameters, eps, torch.float64)
+        dx, dparameters = layer_norm_backward_reference(dout, x, *statistics, *parameters)
+        return dx, *dparameters
+
+    x, _, *parameters = norm_arguments((height, width), channels, dtype, batch, seed)
+    check(lambda *tensors: layer_norm(*tensors, eps), reference, backward, (x, *parameters), 1, (layout,), device, seed)
 
 
 anything = st.one_of(

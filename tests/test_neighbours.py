@@ -12,6 +12,7 @@ import torch
 from mmspatialmamba.ops import (
     depthwise_conv,
     gated_norm,
+    layer_norm,
     mlp,
     scan_states,
     ssm_layer,
@@ -199,6 +200,7 @@ def op_calls():
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
         ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),
         ('gated_norm', gated_norm, norm_arguments((4, 5))),
+        ('layer_norm', layer_norm, norm_arguments((4, 5))[1:]),
         ('mlp', mlp, mlp_arguments(7)),
         ('ssm_layer', ssm_layer, layer_arguments((4, 5))),
     )

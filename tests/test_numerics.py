@@ -19,7 +19,7 @@ from mmspatialmamba.ops.structure_aware_ssm.reference import (
 from oracles import relative_error, require_grad, scan_loop, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
-from mmspatialmamba.models.spatial_mamba import Block
+from mmspatialmamba.models.block import Block
 from mmspatialmamba.models.ssm import StructureAwareSSM
 
 ROOT = Path(__file__).parents[1]

@@ -123,6 +123,22 @@ def test_depthwise_conv_of_any_grid(options):
         assert relative_error(run(session, *arguments), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+@pytest.mark.parametrize('parameters', [0, 1, 2])
+def test_layer_norm_of_any_grid(parameters, device):
+    """On a CPU PyTorch's own layer takes the op's place: the translation serves what is exported on other devices."""
+
+    def arguments_of(grid):
+        x, _, *affine = norm_arguments(grid, dtype=torch.float32)
+        return x, *affine[:parameters]
+
+    session = export(ops.layer_norm, [x.to(device) for x in arguments_of(GRIDS[0])], ((0, 1, 2),))
+    for grid in GRIDS:
+        arguments = arguments_of(grid)
+        expected = ops.layer_norm(*(x.double() for x in arguments))
+        assert relative_error(run(session, *arguments), expected) < TOLERANCE
+
+
 def test_gated_norm_of_any_grid():
     session = export(ops.gated_norm, norm_arguments(GRIDS[0], dtype=torch.float32), ((0, 1, 2),) * 2)
     for grid in GRIDS:

@@ -12,19 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmspatialmamba.ops.layer_norm.reference import layer_norm_backward_reference, layer_norm_reference
 from oracles import GRIDS, SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
 # Ten times the largest relative error of any output in the interpreter, against the reference in float64. The
-# measurement beside: of the outputs in the dtype of u, then of the gradients in float32 (A, D, taps, dt, norm).
+# measurement beside: of the outputs in the dtype of u, then of those in float32 (A, D, taps, dt, parameters).
 TOLERANCES = {
-    ('depthwise_conv', 'float32'): (2.5e-6, 3.5e-6),  # 2.5e-7, 3.5e-7
-    ('depthwise_conv', 'bfloat16'): (9e-2, 2.2e-6),  # 9.4e-3, 2.2e-7: the gradient between two passes is rounded
-    ('depthwise_conv', 'float16'): (5e-3, 1.9e-6),  # 4.8e-4, 1.9e-7
+    ('depthwise_conv', 'float32'): (2.5e-6, 2.5e-6),  # 2.5e-7, 2.5e-7
+    ('depthwise_conv', 'bfloat16'): (7e-2, 1.3e-6),  # 7.4e-3, 1.3e-7; the gradient between two passes is rounded
+    ('depthwise_conv', 'float16'): (4.3e-3, 1.4e-6),  # 4.3e-4, 1.4e-7
     ('gated_norm', 'float32'): (4e-6, 2e-6),  # 3.9e-7, 1.8e-7
     ('gated_norm', 'bfloat16'): (4e-2, 1.4e-6),  # 4.7e-3, 1.4e-7
     ('gated_norm', 'float16'): (3e-3, 1.8e-6),  # 2.9e-4, 1.8e-7
+    ('layer_norm', 'float32'): (2e-6, 1.5e-6),  # 2.0e-7, 1.5e-7
+    ('layer_norm', 'bfloat16'): (4.7e-2, 1.3e-6),  # 4.7e-3, 1.3e-7
+    ('layer_norm', 'float16'): (2.4e-3, 7e-7),  # 2.4e-4, 7.1e-8
     ('scan_states', 'float32'): (5e-6, 5e-6),  # 4.9e-7, 4.2e-7
     ('scan_states', 'bfloat16'): (6e-2, 4e-6),  # 6.0e-3, 3.5e-7
     ('scan_states', 'float16'): (5e-3, 5e-6),  # 4.7e-4, 5.2e-7
@@ -35,7 +39,7 @@ TOLERANCES = {
     ('structure_aware_ssm', 'bfloat16'): (7e-2, 3e-6),  # 7.5e-3, 3.2e-7
     ('structure_aware_ssm', 'float16'): (4e-3, 3e-6),  # 4.3e-4, 2.8e-7
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters'}
+FLOAT32 = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters', 'mean', 'inverse'}
 
 CHECKS = {
     'conv': (
@@ -52,6 +56,13 @@ CHECKS = {
         'norm: NaN stays in its token',
         'norm: a lost mean is seen',
         'norm: offsets beyond 2^31',
+    ),
+    'layer_norm': (
+        'layer norm: two runs, same bits',
+        'layer norm: NaN stays in its token',
+        'layer norm: a dropped weight is seen',
+        'layer norm: channels beyond the last are seen',
+        'layer norm: offsets beyond 2^31',
     ),
     'scan': (
         'scan: two runs, same bits',
@@ -71,19 +82,16 @@ CHECKS = {
         'ssm: NaN in one image stays there, backward',
         'ssm: two runs, same bits',
         'ssm: a dropped step size bias is seen',
+        'ssm: relative error of the step size',
+        "ssm: relative error of softplus's derivative",
     ),
 }
 
 GROUPS = {
-    'depthwise_conv': 'conv', 'gated_norm': 'norm', 'scan_states': 'scan', 'state_fusion': 'fusion',
-    'structure_aware_ssm': 'ssm',
+    'depthwise_conv': 'conv', 'gated_norm': 'norm', 'layer_norm': 'layer_norm', 'scan_states': 'scan',
+    'state_fusion': 'fusion', 'structure_aware_ssm': 'ssm',
 }  # fmt: skip
 """Group whose cases run an op."""
-
-MAX_SPILLED = {'scan_kernel': 32, 'scan_backward_kernel': 32, 'adjoint_border_kernel': 32}
-"""Bytes a thread may spill; 0 for kernels that are not listed. Measured: 24 in the scan at rank 48 (0 up to rank 32),
-16 in its backward at rank 32, 32 at the border.
-"""
 
 
 class Groups:
@@ -138,7 +146,7 @@ def test_interpreted_parity(groups, op, dtype):
     maps, parameters = TOLERANCES[op, dtype]
     for name in (op, f'{op}_backward'):
         for output, error in result['errors'][f'{name} {dtype}'].items():
-            tolerance = parameters if output in PARAMETER_GRADIENTS else maps
+            tolerance = parameters if output in FLOAT32 else maps
             assert error < tolerance, f'{name} {dtype} {output}'
 
 
@@ -160,9 +168,9 @@ def test_compiles_without_spills(groups, group):
             f'{row["kernel"]:22} {row["dtype"]:5} {rank!s:>4} {row["warps"]:5} {row["registers"]:9}'
             f' {row["spilled"]:7} {row["shared"]:6}'
         )
-    assert len({row['kernel'] for row in rows}) == 13
+    assert len({row['kernel'] for row in rows}) == 17
     for row in rows:
-        assert row['spilled'] <= MAX_SPILLED.get(row['kernel'], 0), row
+        assert not row['spilled'], row
         # 227 KiB of shared memory a block on Hopper, 163 on Ampere's A100
         assert row['shared'] <= 163 * 1024, row
 
@@ -228,6 +236,32 @@ def test_depthwise_conv_on_gpu(grid, options, channels, dtype):
 @pytest.mark.parametrize('grid', [*GRIDS, (40, 70)])
 def test_gated_norm_on_gpu(grid, channels, dtype):
     check_on_gpu('gated_norm', (*norm_arguments(grid, channels, dtype), 1e-5), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('out_dtype', GPU_TOLERANCES)
+@pytest.mark.parametrize('dtype', GPU_TOLERANCES)
+@pytest.mark.parametrize('channels', [1, 64, 96, 3072])
+def test_layer_norm_on_gpu(channels, dtype, out_dtype):
+    if (dtype == torch.float64) != (out_dtype == torch.float64):
+        return  # autocast leaves float64 alone
+    x, _, weight, bias = norm_arguments((40, 70), channels, dtype)
+    wanted, *statistics = layer_norm_reference(x.double(), weight.double(), bias.double(), 1e-5, torch.float64)
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(out_dtype)
+    gradients = layer_norm_backward_reference(dout.double(), x.double(), *statistics, weight.double(), bias.double())
+
+    def call():
+        there = (x.cuda(), weight.cuda(), bias.cuda())
+        out, mean, inverse = torch.ops.mmspatialmamba.layer_norm(*there, 1e-5, out_dtype)
+        backward = torch.ops.mmspatialmamba.layer_norm_backward(dout.cuda(), there[0], mean, inverse, *there[1:])
+        return out, mean, inverse, *backward
+
+    # A single channel is its own mean: its gradient is nothing but rounding.
+    compared = slice(None) if channels > 1 else slice(3)
+    for first, second, expected in zip(call()[compared], call(), (wanted, *statistics, *gradients), strict=False):
+        assert torch.equal(first, second)
+        tolerance = max(GPU_TOLERANCES[dtype], GPU_TOLERANCES[out_dtype])
+        assert relative_error(first.cpu().double(), expected) < tolerance
 
 
 @on_gpu

@@ -1,5 +1,6 @@
 """What the wheel and the source distribution hold, and that they need no checkout."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,17 +14,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope='module')
-def distributions(tmp_path_factory):
-    """The sdist of the files that git does not ignore, and the wheel built from that sdist, without compiled ops."""
-    folder = tmp_path_factory.mktemp('dist')
-    source = folder / 'source'
+def copy_checkout(source, links=True):
+    """Copies the files that git does not ignore; without ``links`` with text files for them, as in Git for Windows."""
     command = ('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard')
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split('\0')):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+        if (ROOT / name).is_symlink() and not links:
+            target.write_text(str((ROOT / name).readlink()))
+        else:
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+
+
+@pytest.fixture(scope='module')
+def distributions(tmp_path_factory):
+    """The sdist of the files that git does not ignore, and the wheel built from that sdist, without compiled ops."""
+    folder = tmp_path_factory.mktemp('dist')
+    source = folder / 'source'
+    copy_checkout(source)
     build(source, f'build_sdist({str(folder)!r})')
     (sdist,) = folder.glob('*.tar.gz')
     with tarfile.open(sdist) as archive:
@@ -53,6 +62,57 @@ def test_wheel_contents(distributions):
     assert expected <= set(names)
 
 
+def test_wheel_and_configs_of_a_checkout_without_symbolic_links(distributions, tmp_path):
+    source = tmp_path / 'source'
+    copy_checkout(source, links=False)
+    assert (source / 'mmspatialmamba' / '.mim' / 'configs').is_file()
+    build(source, f'build_wheel({str(tmp_path)!r})')
+    (wheel,) = tmp_path.glob('*.whl')
+    assert sorted(zipfile.ZipFile(wheel).namelist()) == sorted(zipfile.ZipFile(distributions[1]).namelist())
+    spec = importlib.util.spec_from_file_location('configs', source / 'mmspatialmamba' / 'configs.py')
+    configs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(configs)
+    assert configs.config_path('mask_rcnn_sm_t.py') == str(source / 'configs' / 'mask_rcnn_sm_t.py')
+
+
+@pytest.fixture(scope='module')
+def site(distributions, tmp_path_factory):
+    """The wheel as installed, without the checkout."""
+    folder = tmp_path_factory.mktemp('site')
+    zipfile.ZipFile(distributions[1]).extractall(folder)
+    return folder
+
+
+def run_outside(site, folder, *command):
+    """Runs Python in a folder where only the installed wheel is to be found, and returns what it prints."""
+    environment = {**os.environ, 'PYTHONPATH': str(site), 'MMSPATIALMAMBA_REQUIRE': ''}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize('tool', sorted(path.name for path in (ROOT / 'tools').glob('*.py')))
+def test_tools_of_the_wheel_start(tool, site, tmp_path):
+    assert run_outside(site, tmp_path, site / 'mmspatialmamba' / '.mim' / 'tools' / tool, '--help').startswith(
+        'usage: '
+    )
+
+
+@pytest.mark.end_to_end
+def test_tools_of_the_wheel_find_what_they_need(site, tmp_path):
+    tools = site / 'mmspatialmamba' / '.mim' / 'tools'
+    swept = run_outside(site, tmp_path, tools / 'sweep_zoo.py', 'mmdet', '--filter', 'retinanet_r18_fpn_1x_coco.py')
+    assert 'mmdet: 1 configs, 1 build unswapped, 1 of these work swapped, 1 in all' in swept
+    assert (tmp_path / 'zoo_coverage.md').exists()
+    run_outside(site, tmp_path, tools / 'make_shapes_dataset.py', 'shapes', '--train', 1, '--val', 1)
+    assert (tmp_path / 'shapes' / 'complete.json').exists()
+    command = ('backbones', '--models', 'spatial_mamba_t', '--sizes', '32x32', '--rounds', 1, '--out', tmp_path)
+    assert 'spatial_mamba_t' in run_outside(site, tmp_path, tools / 'benchmark.py', *command)
+
+
 def test_wheel_requires_no_openmmlab_distribution(distributions):
     _, wheel = distributions
     with zipfile.ZipFile(wheel) as archive:
@@ -64,10 +124,7 @@ def test_wheel_requires_no_openmmlab_distribution(distributions):
     assert 'Provides-Extra: onedl' in lines
 
 
-def test_wheel_works_without_the_checkout(distributions, tmp_path):
-    _, wheel = distributions
-    site = tmp_path / 'site'
-    zipfile.ZipFile(wheel).extractall(site)
+def test_wheel_works_without_the_checkout(site, tmp_path):
     (tmp_path / 'own.py').write_text("_base_ = [__import__('mmspatialmamba').config_path('quickstart_mask_rcnn.py')]")
     code = (
         'import mmspatialmamba\n'
@@ -78,15 +135,8 @@ def test_wheel_works_without_the_checkout(distributions, tmp_path):
         'model = MODELS.build(config.model)\n'
         'print(mmspatialmamba.__file__, type(model).__name__, type(model.backbone).__name__)'
     )
-    result = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': str(site), 'MMSPATIALMAMBA_REQUIRE': ''},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.split() == [str(site / 'mmspatialmamba' / '__init__.py'), 'MaskRCNN', 'SpatialMamba']
+    printed = run_outside(site, tmp_path, '-c', code)
+    assert printed.split() == [str(site / 'mmspatialmamba' / '__init__.py'), 'MaskRCNN', 'SpatialMamba']
 
 
 def test_sdist_holds_what_a_build_needs(distributions):

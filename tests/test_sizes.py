@@ -180,3 +180,14 @@ def test_many_shapes_do_not_leak():
 def test_the_published_tiny_backbone_at_4096():
     (peak,) = peak_memory([(4096, 4096)], training=False, arch='tiny')
     assert peak / 4096**2 < 280  # Measured: 254 bytes a pixel, 4.3 GB.
+
+
+def test_padding_in_a_batch_moves_what_is_near_it():
+    """docs/reliability.md has the figures of Spatial-Mamba-T; zeros beside an image are seen as a part of it."""
+    alone = image(128, 128)
+    padded = nn.functional.pad(alone, (0, 32))
+    with torch.no_grad():
+        model = backbone().eval()
+        first, beside = model(alone)[0], model(padded)[0][..., :32]
+    moved = (first - beside).abs() / first.abs().max()
+    assert moved[..., :16].max() < 0.01 < 0.05 < moved[..., 16:].max()

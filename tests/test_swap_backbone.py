@@ -347,6 +347,44 @@ def test_statistics_of_an_averaged_teacher_follow():
     assert teacher.running_mean.tolist() == pytest.approx([hook.momentum] * len(teacher.running_mean))
 
 
+@pytest.mark.parametrize(
+    ('name', 'average'),
+    [
+        ('byol/byol_resnet50_16xb256-coslr-200e_in1k.py', 'target_net'),
+        ('densecl/densecl_resnet50_8xb32-coslr-200e_in1k.py', 'encoder_k'),
+        ('mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k.py', 'encoder_k'),
+        ('mocov3/mocov3_resnet50_8xb512-amp-coslr-100e_in1k.py', 'momentum_encoder'),
+    ],
+)
+def test_statistics_of_averages_inside_of_a_model_follow(name, average):
+    model = sweep_zoo.build(swap_backbone(zoo(f'mmpretrain::{name}'), SMALL))
+    average = getattr(model, average)
+    model.backbone.stem.reduce.norm.running_mean.fill_(1.0)
+    average.update_parameters(torch.nn.Sequential(model.backbone, model.neck))
+    assert average.module[0].stem.reduce.norm.running_mean.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ('factor', 'out', 'neck_out', 'head_in'),
+    [
+        (0.5, [128, 256, 512, 1024], [64, 128, 256, 512], [128, 256, 512, 1024]),  # as YOLOv5 and YOLOv8: as wide as we
+        (0.75, [64, 128, 256, 512], [48, 96, 192, 384], [1, 2, 3, 4]),  # as YOLOv6
+        (0.5, 256, 128, [1, 2, 3, 4]),  # as RTMDet
+    ],
+)
+def test_channels_before_the_widen_factor_of_mmyolo(factor, out, neck_out, head_in):
+    config = retinanet(type='ResNet')
+    stated = [int(channels / factor) for channels in (64, 128, 256, 512)]
+    out = stated if factor == 0.5 and isinstance(out, list) else out
+    config.model.neck = {'type': 'PAFPN', 'in_channels': stated, 'out_channels': out, 'widen_factor': factor}
+    config.model.bbox_head = {'head_module': {'in_channels': [1, 2, 3, 4], 'widen_factor': factor}}
+    model = swap_backbone(config, 'tiny').model
+    assert model.neck == {
+        'type': 'PAFPN', 'in_channels': [64, 128, 256, 512], 'out_channels': neck_out, 'widen_factor': 1,
+    }  # fmt: skip
+    assert model.bbox_head.head_module.in_channels == head_in
+
+
 def test_image_channels_stay():
     config = zoo('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
     config.model.backbone.in_channels = 4
@@ -455,6 +493,8 @@ def test_other_refusals():
         swap_backbone(retinanet(strides=(1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r'neck FPN states in_channels \[64, 128, 256, 512\]; expected .* \[64, 128\]'):
         swap_backbone(retinanet(out_indices=(0, 1)))
+    with pytest.raises(ValueError, match="backbone must be one of SpatialMamba, got 'MM_SpatialMamba'"):
+        swap_backbone(retinanet(), backbone='MM_SpatialMamba')
     with pytest.raises(ValueError, match='arch must be one of tiny'):
         swap_backbone(retinanet(), 'huge')
     with pytest.raises(TypeError, match='with_cp'):

@@ -16,6 +16,7 @@ import torch
 import triton
 from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
+from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
@@ -33,6 +34,7 @@ KERNELS = {
     ),
     triton_conv: ('conv_kernel', 'conv_parameters_kernel', 'conv_adjoint_kernel'),
     triton_gated_norm: ('gated_norm_kernel', 'gated_norm_backward_kernel'),
+    triton_layer_norm: ('layer_norm_kernel', 'layer_norm_backward_kernel'),
     triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
 }
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
@@ -94,6 +96,19 @@ def recorded_launches():
         IMPLEMENTATIONS['gated_norm'][0](y, z, empty(E), empty(E), 1e-5)
         for with_out in (False, True):
             IMPLEMENTATIONS['gated_norm_backward'][0](y, y, z, empty(E), empty(E), 1e-5, with_out)
+    for dtype, out_dtype, tokens, d in (
+        (torch.float32, torch.float32, 64000, 64),
+        (torch.bfloat16, torch.bfloat16, 64000, 64),
+        (torch.float16, torch.float16, 64000, 64),
+        (torch.float32, torch.bfloat16, 64000, 96),
+        (torch.bfloat16, torch.bfloat16, 1000, 512),  # backward with a tile a program: its loop disappears
+        (torch.bfloat16, torch.bfloat16, 4000, 768),
+        (torch.float32, torch.float32, 4000, 3072),
+        (torch.float32, torch.float32, 1, 1),
+    ):
+        x, out, statistics = empty(tokens, d, dtype=dtype), empty(tokens, d, dtype=out_dtype), empty(tokens, 1)
+        IMPLEMENTATIONS['layer_norm'][0](x, empty(d), empty(d), 1e-5, out_dtype)
+        IMPLEMENTATIONS['layer_norm_backward'][0](out, x, statistics, statistics, empty(d), empty(d))
     for dtype, N, (H, W), E, options in (
         (torch.float32, 1, (200, 320), 128, (1, 'silu', False, False)),
         (torch.bfloat16, 1, (200, 320), 128, (1, 'silu', False, False)),

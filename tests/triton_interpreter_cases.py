@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
+from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
@@ -30,6 +31,8 @@ OUTPUTS = {
     'depthwise_conv_backward': ('dx', 'dparameters'),
     'gated_norm': ('out',),
     'gated_norm_backward': ('dy', 'dz', 'dparameters', 'out'),
+    'layer_norm': ('out', 'mean', 'inverse'),
+    'layer_norm_backward': ('dx', 'dparameters'),
     'scan_states': ('h',),
     'scan_states_backward': ('du', 'ddelta', 'dA', 'dB'),
     'state_fusion': ('g',),
@@ -37,7 +40,7 @@ OUTPUTS = {
     'structure_aware_ssm': ('y',),
     'structure_aware_ssm_backward': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD', 'dtaps'),
 }
-PARAMETER_GRADIENTS = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters'}
+FLOAT32 = {'dA', 'dD', 'dtaps', 'ddt_weight', 'ddt_bias', 'dparameters', 'mean', 'inverse'}
 """Outputs in float32 whatever the dtype of the maps."""
 errors: dict[str, dict[str, float]] = {}
 checks: dict[str, bool] = {}
@@ -68,7 +71,10 @@ def quicken_interpreter():
 
     interpreter.ScanOps.generic_scan = scan_rows
     call = interpreter.InterpretedFunction.__call__
-    ours = {id(module.__dict__) for module in (triton_scan, triton_fusion, triton_gated_norm, triton_conv)}
+    ours = {
+        id(module.__dict__)
+        for module in (triton_scan, triton_fusion, triton_gated_norm, triton_layer_norm, triton_conv)
+    }
 
     def call_device_function(self, *args, **kwargs):
         if id(self.fn.__globals__) in ours:
@@ -85,7 +91,7 @@ def shrink_blocks():
     triton_scan.COMBINE_BLOCK = (2, 8)
     triton_scan.DOT_BLOCK = (16, 16)
     triton_fusion.BLOCK_W = (8, 16)
-    triton_gated_norm.BLOCK_VALUES = 64
+    triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
     triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, 2
 
 
@@ -95,14 +101,22 @@ def run(name, *arguments):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def as_float64(argument):
+    if isinstance(argument, torch.Tensor):
+        return argument.double()
+    return torch.float64 if isinstance(argument, torch.dtype) else argument
+
+
 def compare(name, *arguments):
     """Returns the relative error of each output of an op, after a look at shapes, dtypes and layout."""
     outputs = run(name, *arguments)
-    expected = IMPLEMENTATIONS[name][1](*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    expected = IMPLEMENTATIONS[name][1](*map(as_float64, arguments))
     expected = expected if isinstance(expected, tuple) else (expected,)
+    given = [x for x in arguments if isinstance(x, torch.dtype)]
+    maps = given[0] if given else arguments[name.endswith('_backward')].dtype
     found = {}
     for label, actual, wanted in zip(OUTPUTS[name], outputs, expected, strict=True):
-        dtype = torch.float32 if label in PARAMETER_GRADIENTS else arguments[0].dtype
+        dtype = torch.float32 if label in FLOAT32 else maps
         assert actual.shape == wanted.shape, f'{name} {label}: {actual.shape}, expected {wanted.shape}'
         assert actual.dtype == dtype, f'{name} {label}: {actual.dtype}, expected {dtype}'
         assert actual.is_contiguous(), f'{name} {label} is not contiguous'
@@ -112,11 +126,15 @@ def compare(name, *arguments):
 
 def record(name, gradient, *arguments, backward_only=()):
     """Compares an op and its backward with the references and keeps the largest errors of the dtype."""
-    dtype = str(arguments[0].dtype).removeprefix('torch.')
-    for op, call in ((name, arguments), (f'{name}_backward', (gradient, *arguments, *backward_only))):
-        kept = errors.setdefault(f'{op} {dtype}', {})
-        for label, error in compare(op, *call).items():
-            kept[label] = max(kept.get(label, 0.0), error)
+    keep_errors(name, arguments[0].dtype, *arguments)
+    keep_errors(f'{name}_backward', arguments[0].dtype, gradient, *arguments, *backward_only)
+
+
+def keep_errors(op, dtype, *arguments):
+    """Compares an op with its reference and keeps the largest errors of the dtype."""
+    kept = errors.setdefault(f'{op} {str(dtype).removeprefix("torch.")}', {})
+    for label, error in compare(op, *arguments).items():
+        kept[label] = max(kept.get(label, 0.0), error)
 
 
 def noise(like):
@@ -253,6 +271,73 @@ def _normalize_uncentred(y, inside, E, eps):
     return y * inverse, inverse
 
 
+def layer_norm_cases():
+    for shape, dtype, out_dtype in (
+        ((1, 1, 5), torch.float32, torch.float32),
+        ((2, 3, 2, 16), torch.float32, torch.float32),
+        ((9, 70), torch.float32, torch.float32),
+        ((2, 4, 5, 20), torch.bfloat16, torch.bfloat16),
+        ((2, 4, 5, 20), torch.float16, torch.float16),
+        ((2, 4, 5, 20), torch.float32, torch.bfloat16),
+        ((2, 4, 5, 20), torch.float16, torch.bfloat16),
+    ):
+        x, _, weight, bias = norm_arguments(shape[1:-1], shape[-1], dtype, batch=shape[0])
+        record_layer_norm(x, weight, bias, 1e-5, out_dtype)
+
+    x, _, weight, bias = norm_arguments((3, 9), 20, torch.float32)
+    halves = torch.cat((x, x), -1)[..., 20:]
+    permuted = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for same in (halves, permuted, x[:1].expand(2, -1, -1, -1)):
+        record_layer_norm(same, weight.repeat_interleave(2)[::2], bias, 0.1, torch.float32)
+    for some in ((None, None), (weight, None), (None, bias)):
+        record_layer_norm(x, *some, 1e-5, torch.float32)
+    triton_layer_norm.TARGET_PROGRAMS = 5  # several tiles each, the last one beyond the end
+    backward = record_layer_norm(x, weight, bias, 1e-5, torch.float32)
+
+    first, second = (run('layer_norm_backward', *backward) for _ in range(2))
+    checks['layer norm: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    spoilt = x.clone()
+    spoilt[0, 1, 2] = float('nan')
+    (out, *_), (clean, *_) = (run('layer_norm', one, weight, bias, 1e-5, torch.float32) for one in (spoilt, x))
+    checks['layer norm: NaN stays in its token'] = bool(out.isnan().sum() == 20 and out[0, 1, 2].isnan().all())
+    out[0, 1, 2] = clean[0, 1, 2]
+    checks['layer norm: NaN stays in its token'] &= torch.equal(out, clean)
+    load_row = triton_layer_norm._load_row
+    triton_layer_norm._load_row = _load_default
+    lost = compare('layer_norm', x, weight, bias, 1e-5, torch.float32)['out']
+    checks['layer norm: a dropped weight is seen'] = min(lost, compare('layer_norm_backward', *backward)['dx']) > 1e-2
+    triton_layer_norm._load_row = load_row
+    locate = triton_layer_norm._locate
+    triton_layer_norm._locate = _locate_all
+    checks['layer norm: channels beyond the last are seen'] = (
+        compare('layer_norm', x[..., :19].contiguous(), weight[:19], bias[:19], 1e-5, torch.float32)['out'] > 1e-2
+    )
+    triton_layer_norm._locate = locate
+    layer_norm_offset_case()
+
+
+def record_layer_norm(x, weight, bias, eps, dtype):
+    """Keeps the errors of both ops under the dtype of the output; returns the arguments of backward."""
+    keep_errors('layer_norm', dtype, x, weight, bias, eps, dtype)
+    _, *statistics = run('layer_norm', x, weight, bias, eps, dtype)
+    backward = (noise(torch.empty(x.shape, dtype=dtype)), x, *statistics, weight, bias)
+    keep_errors('layer_norm_backward', dtype, *backward)
+    return backward
+
+
+@triton.jit
+def _load_default(ptr, E, default, EXISTS: tl.constexpr, BLOCK_E: tl.constexpr):
+    return tl.full((1, BLOCK_E), default, tl.float32)
+
+
+@triton.jit
+def _locate_all(tile, tokens, E, EXACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Takes the first channels of the next token for more channels of the last, where there is a next token."""
+    t = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    return t, t[:, None] * E + e[None, :], (t < tokens - 2)[:, None] & (e < BLOCK_E)[None, :]
+
+
 def scan_cases():
     for dtype in DTYPES:
         for length in SEQUENCE_LENGTHS if dtype == torch.float32 else (17, 53):
@@ -281,6 +366,13 @@ def scan_cases():
             strict=True,
         )
     )
+    # One step of each chunk ends all memory. A factor from the difference of two sums of steps would lose the others.
+    for strong in (1e4, 1e6):
+        u, delta, A, B = scan_arguments(53, 20, torch.float32)
+        delta.fill_(0.02)
+        delta[:, 5::16] = strong
+        record('selective_scan', noise(u), u, delta, A, B)
+
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
     checks['scan: a carry lost at a chunk border is seen'] = compare('scan_states', *arguments)['h'] > 1e-2
@@ -330,16 +422,40 @@ def fusion_cases():
 
 
 @triton.jit
-def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE):
+def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE, BY_ROW):
     mask = ((y >= 0) & (y < H) & (x >= 0) & (x < W))[:, None] & inside[None, :]
     return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, mask, E, WIDE)
 
 
+@triton.jit
+def _softplus_kernel(x_ptr, step_ptr, slope_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step = triton_scan._softplus(tl.load(x_ptr + i))
+    tl.store(step_ptr + i, step)
+    tl.store(slope_ptr + i, triton_scan._softplus_slope(step))
+
+
+def softplus_cases():
+    """Asks for the relative error of the step size and of its derivative, from 1e-37 to 88."""
+    x = torch.cat((torch.linspace(-85, 88, 2**16), torch.linspace(-2, 2, 2**16)))
+    step, slope = torch.empty_like(x), torch.empty_like(x)
+    _softplus_kernel[(16,)](x, step, slope, BLOCK=2**13)
+    exact = torch.nn.functional.softplus(x.double(), threshold=200)
+    exact = torch.where(x < -20, torch.log1p(torch.exp(x.double())), exact)
+    checks['ssm: relative error of the step size'] = bool(((step / exact - 1).abs() < (3 + x.abs()) * 1.2e-7).all())
+    wanted = -torch.expm1(-step.double())
+    checks["ssm: relative error of softplus's derivative"] = bool(((slope / wanted - 1).abs() < 3e-7).all())
+
+
 def ssm_cases():
+    softplus_cases()
     for batch, grid, channels, rank, dtype in (
         (1, (1, 1), 5, 1, torch.float32),
         (1, (4, 9), 20, 3, torch.float32),
-        (2, (3, 6), 5, 17, torch.float32),
+        (2, (3, 6), 5, 15, torch.float32),
+        (2, (3, 6), 5, 16, torch.float32),
+        (2, (5, 7), 37, 64, torch.float32),
+        (1, (4, 5), 5, 17, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.float16),
     ):
@@ -498,6 +614,20 @@ def norm_offset_case():
     checks['norm: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T] + z[:, :T]) and not y[:, T:].any()
 
 
+@triton.jit
+def _far_layer_norm_kernel(x_ptr, y_ptr, tile, tokens, E, far, T: tl.constexpr):
+    _, offset, inside = triton_layer_norm._locate(tile, tokens, E, False, T, T)
+    tl.store(y_ptr - far + offset, tl.load(x_ptr - far + offset, mask=inside), mask=inside)
+
+
+def layer_norm_offset_case():
+    """The same for LayerNorm."""
+    T, E, tile = 16, 1024, 2**20 * 3
+    x, y = torch.randn(T, E), torch.zeros(T, E)
+    _far_layer_norm_kernel[(1,)](x, y, tile, (tile + 1) * T, E, tile * T * E, T=T)
+    checks['layer norm: offsets beyond 2^31'] = torch.equal(y[:, :T], x[:, :T]) and not y[:, T:].any()
+
+
 if __name__ == '__main__':
     quicken_interpreter()
     shrink_blocks()
@@ -505,7 +635,8 @@ if __name__ == '__main__':
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
     groups = {
-        'conv': conv_cases, 'norm': norm_cases, 'scan': scan_cases, 'fusion': fusion_cases, 'ssm': ssm_cases,
+        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'scan': scan_cases,
+        'fusion': fusion_cases, 'ssm': ssm_cases,
     }  # fmt: skip
     groups[sys.argv[1]]()
     print(json.dumps({'errors': errors, 'checks': checks}))

@@ -206,10 +206,10 @@ def check_parity(name: str, op: Callable, arguments: tuple) -> None:
             )
 
 
-def build_spatial_mamba(arch: str) -> torch.nn.Module:
+def build_spatial_mamba(arch: str, fused: bool = False) -> torch.nn.Module:
     from mmspatialmamba import SpatialMamba
 
-    return SpatialMamba(arch)
+    return SpatialMamba(arch, fused=fused)
 
 
 def build_peer(label: str, size: tuple[int, int]) -> torch.nn.Module:
@@ -264,6 +264,7 @@ class LastMap(torch.nn.Module):
 
 MODELS: dict[str, Callable[[tuple[int, int]], torch.nn.Module]] = {
     'spatial_mamba_t': lambda size: build_spatial_mamba('tiny'),
+    'spatial_mamba_t_fused': lambda size: build_spatial_mamba('tiny', fused=True),
     'spatial_mamba_s': lambda size: build_spatial_mamba('small'),
     'spatial_mamba_b': lambda size: build_spatial_mamba('base'),
     'swin_t': lambda size: build_peer('swin_t', size),
@@ -327,6 +328,8 @@ def benchmark_backbones(args: argparse.Namespace) -> list[dict]:
                 candidates[name] = step(build(name, size).to(args.device), x, args)
             except (ImportError, RuntimeError) as error:
                 print(f'{name}: left out, it cannot be imported ({error})')
+        if not candidates:
+            sys.exit('nothing to measure: none of the models can be imported')
         kernels = {}
         samples = measure(candidates, args.device, args.rounds, kernels=kernels)
         first = samples[next(iter(samples))]

@@ -79,7 +79,7 @@ PAGE = """<!DOCTYPE html>
 body { font: 15px/1.5 sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { border: 1px solid #ccc; padding: 0.25em 0.7em; text-align: right; }
-th:first-child, td:first-child, .text td { text-align: left; vertical-align: top; }
+th:first-child, td:first-child, .text th, .text td { text-align: left; vertical-align: top; }
 .error { color: #b00020; } .warning { color: #a65f00; } .note { color: #345; }
 figure { margin: 1.5em 0; display: grid; grid-template-columns: 1fr 1fr; gap: 0.5em 1em; }
 figcaption { grid-column: 1 / 3; overflow-wrap: anywhere; }
@@ -301,8 +301,6 @@ class DatasetCheck:
                 findings.add(ERROR, 'the data set has no images', 'correct data_root and data_prefix')
         else:
             self._read_images(dataset, findings, part, training, skipped)
-        if training and part.classes is not None:
-            self._check_heads(part.classes, findings)
         self.findings += findings
 
     def _check_annotations(
@@ -361,7 +359,7 @@ class DatasetCheck:
         if maps is not None:
             maps.report(findings, training)
             part.columns, part.rows = ('class', 'label maps', 'pixels'), maps.table()
-        else:
+        elif 'instances' in dataset.get_data_info(0):
             _count_objects(dataset, findings, part, training)
         part.facts['files'] = listed(f'{count} {form}' for form, count in images.forms.most_common())
         part.facts['loaded'] = listed(f'{count} of {form}' for form, count in images.loaded.most_common())
@@ -496,11 +494,11 @@ class DatasetCheck:
         expected = None if first is None else first.in_channels
         part.facts['network gets'] = check_network_input(findings, images, normalized, expected)
 
-    def _check_heads(self, classes: list[str], findings: Findings) -> None:
+    def _check_heads(self, classes: list[str]) -> None:
         """Compares the heads' numbers of classes with the data set's, as MMDetection's NumClassCheckHook does."""
         if self.model is None:
             return
-        count = len(classes)
+        count, findings = len(classes), Findings('model')
         found = defaultdict(list)
         for name, module in self.model.named_modules():
             number = getattr(module, 'num_classes', None)
@@ -518,6 +516,7 @@ class DatasetCheck:
                 if 'weight' in what
                 else f'set num_classes={count} in every head',
             )
+        self.findings += findings
 
     def _compare(self) -> None:
         """Compares validation with training."""
@@ -525,6 +524,8 @@ class DatasetCheck:
         val = [part for part in self.parts if part.source.startswith('val')]
         findings = Findings('val')
         first = next((part for part in train if part.classes is not None), None)
+        if first is not None:
+            self._check_heads(first.classes)
         for part in [*train, *val]:
             if first is None or part.classes is None or part is first:
                 continue

@@ -4,7 +4,7 @@ For each config: whether it builds as it is (without its weights), and whether i
 (detectors), a prediction (segmentors) or logits (classifiers) with a very small Spatial-Mamba. Configs with the same
 model are run once.
 
-    python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2
+    python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2 --out docs/zoo_coverage.md
 """
 
 import argparse
@@ -132,10 +132,10 @@ def run(path: Path) -> dict:
 
 
 def prepare() -> None:
-    """Prepares a process: one thread, no logs, and torchvision for the toolbox that needs it."""
-    sys.path.append(str(ROOT / 'tests'))
-    import torchvision_setup  # noqa: F401
-
+    """Prepares a process: one thread, no logs, and in a checkout the torchvision of ``make env``."""
+    if (ROOT / 'tests' / 'torchvision_setup.py').exists():
+        sys.path.append(str(ROOT / 'tests'))
+        importlib.import_module('torchvision_setup')
     torch.set_num_threads(1)
     if not torch.distributed.is_initialized():  # some configs' norms ask for it when they are built
         torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument('toolboxes', nargs='+', choices=sorted(DISTRIBUTIONS), help='installed toolboxes to sweep')
     parser.add_argument('--jobs', type=int, default=1, help='processes, one thread each (default: 1)')
     parser.add_argument('--filter', default='', help='regular expression that a config path must contain')
-    parser.add_argument('--out', type=Path, default=ROOT / 'docs' / 'zoo_coverage.md', help='.md or .json to write')
+    parser.add_argument('--out', type=Path, default=Path('zoo_coverage.md'), help='.md or .json to write')
     args = parser.parse_args()
 
     start = time.monotonic()

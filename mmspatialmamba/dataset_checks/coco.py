@@ -286,17 +286,17 @@ def _check_annotations(content: dict, findings: Findings, masks: bool) -> set:
         fault = _box_fault(annotation, *size[:2])
         if fault:
             faults[fault].append(annotation)
-        if masks and annotation.get('iscrowd') != 1:
+        if masks:
             fault = _mask_fault(annotation.get('segmentation'), annotation['bbox'], *size[:2])
             if fault:
                 faults[fault].append(annotation)
-        elif masks and not annotation.get('segmentation'):
-            faults['no mask'].append(annotation)
 
     boxes = [annotation['bbox'] for annotation in annotations if _is_box(annotation['bbox'])]
     relative = bool(boxes) and all(max(box) <= 1 for box in boxes)
     corners = bool(boxes) and all(
         (size := sizes.get(repr(annotation['image_id']))) is not None
+        and _is_size(size[0])
+        and _is_size(size[1])
         and _is_box(annotation['bbox'])
         and annotation['bbox'][0] < annotation['bbox'][2] <= size[0] + BOX_TOLERANCE
         and annotation['bbox'][1] < annotation['bbox'][3] <= size[1] + BOX_TOLERANCE

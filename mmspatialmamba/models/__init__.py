@@ -1,7 +1,8 @@
-"""Modules that configs can name."""
+"""Modules that configs can name, and their fused form."""
 
 from .backbone import Backbone
+from .fused import fuse, unfuse
 from .mm_spatial_mamba import MMSpatialMamba
 from .spatial_mamba import SpatialMamba
 
-__all__ = ['Backbone', 'MMSpatialMamba', 'SpatialMamba']
+__all__ = ['Backbone', 'MMSpatialMamba', 'SpatialMamba', 'fuse', 'unfuse']

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..ops import depthwise_conv
+from ..ops import depthwise_conv, layer_norm
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -38,7 +38,7 @@ class DepthwiseConv(nn.Conv2d):
         """Maps (N, H, W, channels) to (N, ceil(H / stride), ceil(W / stride), channels)."""
         geometry = self.kernel_size, self.padding, self.dilation, self.padding_mode, self.groups
         standard = geometry == ((3, 3), (1, 1), (1, 1), 'zeros', self.in_channels) and self.stride in ((1, 1), (2, 2))
-        if standard and self.bias is not None:
+        if standard:
             return depthwise_conv(
                 x, self.weight, self.bias,
                 stride=self.stride[0], activation=self.activation, relu_input=self.relu_input, residual=self.residual,
@@ -54,6 +54,24 @@ class DepthwiseConv(nn.Conv2d):
         """Returns what the convolution prints, and what stands around it."""
         around = ''.join(f', {name}={getattr(self, name)}' for name in ('activation', 'relu_input', 'residual'))
         return super().extra_repr() + around
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels, computed by `mmspatialmamba.ops.layer_norm`, in the dtype of the product after it.
+
+    Args:
+        channels: Number of channels.
+        eps: Added to the variance.
+        elementwise_affine: Whether there is a scale of each channel and, with ``bias``, a shift.
+        bias: Whether there is a shift of each channel.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
+        super().__init__(channels, eps, elementwise_affine, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, ..., channels) to the same shape, under autocast in its dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ConvNorm(nn.Module):

@@ -6,42 +6,16 @@ their own names (see `mmspatialmamba.checkpoint_names.spatial_mamba`).
 
 from typing import ClassVar
 
-import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from ..checkpoint_names import SPATIAL_MAMBA
 from ..registry import MODELS
 from .backbone import Backbone
-from .layers import MLP, DepthwiseConv, Downsample, Stem
+from .block import Block
+from .fused import fuse
+from .layers import MLP, Downsample, Stem
 from .ssm import StructureAwareSSM
-
-
-class Block(nn.Module):
-    """Spatial-Mamba block: position encoding, SSM, position encoding, MLP, each added to its input.
-
-    Args:
-        channels: Number of channels d.
-        drop_path_rate: Probability that the SSM or the MLP of an image is dropped in training.
-    """
-
-    def __init__(self, channels: int, drop_path_rate: float):
-        super().__init__()
-        self.cpe1 = DepthwiseConv(channels, residual=True)
-        self.norm1 = nn.LayerNorm(channels)
-        self.ssm = StructureAwareSSM(channels)
-        self.cpe2 = DepthwiseConv(channels, residual=True)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = MLP(channels)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, H, W, d) to (N, H, W, d)."""
-        x = self.cpe1(x)
-        x = x + self.drop_path(self.ssm(self.norm1(x)))
-        x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @ROOT_MODELS.register_module()
@@ -50,6 +24,12 @@ class SpatialMamba(Backbone):
     """Spatial-Mamba with multi-scale outputs; its arguments are those of `Backbone`.
 
     Architectures are 'tiny', 'small' and 'base' ('t', 's', 'b'), or a dict with ``embed_dims`` and ``depths``.
+
+    Args:
+        arch: As in `Backbone`.
+        fused: Whether `mmspatialmamba.fuse` makes one op of each branch of a block: less time and memory, but layers
+            inside can be neither hooked nor replaced.
+        arguments: Those of `Backbone`.
     """
 
     ARCHITECTURES: ClassVar[dict[str, dict]] = {
@@ -59,6 +39,13 @@ class SpatialMamba(Backbone):
     }
     NAMES = SPATIAL_MAMBA
     CORE_OP = 'structure_aware_ssm'
+
+    def __init__(self, arch: str | dict = 'tiny', *, fused: bool = False, **arguments):
+        if not isinstance(fused, bool):
+            raise TypeError(f'{type(self).__name__}: fused must be True or False, got {fused!r}')
+        super().__init__(arch, **arguments)
+        if fused:
+            fuse(self)
 
     def make_stem(self, in_channels: int, channels: int) -> Stem:
         """Returns the convolutions before the first stage."""

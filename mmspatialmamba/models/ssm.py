@@ -64,11 +64,14 @@ class GatedNorm(nn.LayerNorm):
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Returns ``LN(y) · SiLU(z)``, (N, H, W, E), from y and the gate z of that shape."""
-        z = z.to(y.dtype)
-        eps = self.eps * self.FLOAT16_FACTOR**2 if y.dtype == torch.float16 else self.eps
+        z, eps = z.to(y.dtype), self.eps_for(y.dtype)
         if self.weight is None or self.bias is None:
             return F.layer_norm(y, self.normalized_shape, self.weight, self.bias, eps) * F.silu(z)
         return gated_norm(y, z, self.weight, self.bias, eps)
+
+    def eps_for(self, dtype: torch.dtype) -> float:
+        """Returns what is added to the variance of y as it comes in a dtype."""
+        return self.eps * self.FLOAT16_FACTOR**2 if dtype == torch.float16 else self.eps
 
 
 class StructureAwareSSM(nn.Module):
@@ -115,9 +118,18 @@ class StructureAwareSSM(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.dwconv(u)
         dt, B, C = self.x_proj(u).to(u.dtype).split((self.rank, 1, 1), dim=-1)
-        D, taps = self.D, self.state_fusion()
-        if u.dtype == torch.float16:
+        y = self.core(u, dt, B, C, *self.core_weights(self.state_fusion(), u.dtype))
+        return self.out_proj(self.norm(y, z))
+
+    def core_weights(self, taps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Returns dt_weight, dt_bias, A, D and taps as the core takes them for maps of a dtype.
+
+        Args:
+            taps: What the state fusion returns, (25, E).
+            dtype: Dtype of the maps. In float16 D and taps have the factor that the norm takes back.
+        """
+        D = self.D
+        if dtype == torch.float16:
             factor = getattr(self.norm, 'FLOAT16_FACTOR', 1.0)  # another norm takes y as it is
             D, taps = factor * D, factor * taps
-        y = self.core(u, dt, B, C, self.dt_weight, self.dt_bias, -torch.exp(self.A_log.flatten()), D, taps)
-        return self.out_proj(self.norm(y, z))
+        return self.dt_weight, self.dt_bias, -torch.exp(self.A_log.flatten()), D, taps

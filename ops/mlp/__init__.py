@@ -3,7 +3,7 @@
 import torch
 
 from ..checks import check_parameter, check_scale, check_tensor, refuse_forward_mode
-from ..library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
+from ..library import accumulation_dtype, define, is_compiled, matmul_dtype, refuse_double_backward, register_autograd
 from .reference import mlp_backward_reference, mlp_reference
 
 
@@ -41,10 +41,11 @@ def mlp(
         NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
-        Autocast: as in a linear layer the products run in autocast's dtype where it is on, else in that of ``x``; the
-        matrices and the second bias are converted to it, norm, first bias and GELU are computed in float32 (float64
-        for float64). Backward keeps x and the hidden values before the activation, (..., F), which PyTorch's layers
-        keep twice; norm and GELU are computed again. Two runs give the same bits on the CPU; on other devices
+        Autocast: as in linear layers the products, their biases and the hidden values are in autocast's dtype where it
+        is on, else in that of ``x``; norm and GELU are computed in float32 (float64 for float64) and rounded once.
+        For backward the C++ kernel keeps x and the hidden values before the activation, (..., F), and computes norm and
+        GELU again in the cache; the reference keeps all that PyTorch's layers keep. Where no parameter requires a
+        gradient, backward computes that of ``x`` alone. Two runs give the same bits on the CPU; on other devices
         PyTorch's own products decide. No double backward.
 
         Source: arXiv 2410.15091, MLP of a Spatial-Mamba block.
@@ -70,50 +71,66 @@ def mlp(
     if scale is not None:
         check_scale(op, scale, x)
         scale = scale.to(x.dtype).repeat_interleave(x.shape[1:-1].numel())
-    out, _ = torch.ops.mmspatialmamba.mlp(
-        x.reshape(-1, d), norm_weight.to(acc), norm_bias.to(acc), eps, weight1.to(dtype),
-        bias1.to(accumulation_dtype(dtype)), weight2.to(dtype), bias2.to(dtype), scale,
+    out, *_ = torch.ops.mmspatialmamba.mlp(
+        x.reshape(-1, d), norm_weight.to(acc), norm_bias.to(acc), eps, weight1.to(dtype), bias1.to(dtype),
+        weight2.to(dtype), bias2.to(dtype), scale,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )  # fmt: skip
     return out.view(x.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, ctx.eps, weight1, bias1, weight2, _, scale, _ = inputs
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight1, bias1, weight2, scale, output[1])
+    x, norm_weight, norm_bias, ctx.eps, weight1, _, weight2, _, scale, _ = inputs
+    ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, scale, *output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 10
-    x, norm_weight, norm_bias, *others = ctx.saved_tensors
-    dx, dnorm_weight, dnorm_bias, *gradients = torch.ops.mmspatialmamba.mlp_backward(
-        dout, x, norm_weight, norm_bias, ctx.eps, *others
+    x, norm_weight, norm_bias, weight1, weight2, scale, *kept = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[1:])
+    dx, *gradients = torch.ops.mmspatialmamba.mlp_backward(
+        dout, x, norm_weight, norm_bias, ctx.eps, weight1, weight2, scale, kept, parameters
     )
+    dnorm_weight, dnorm_bias, *gradients = gradients if parameters else [None] * len(gradients)
     return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None
 
 
-def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, keep_hidden):
-    tokens = len(x)
-    return x.new_empty(tokens, len(weight2)), weight1.new_empty(tokens if keep_hidden else 0, len(weight1))
+def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, keep):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not keep:
+        return out, []
+    hidden = weight1.new_empty(len(x), len(weight1))
+    if is_compiled('mlp', x.device):
+        return out, [hidden]
+    return out, [torch.empty_like(out, dtype=weight1.dtype), *_statistics(x), hidden, torch.empty_like(hidden)]
+
+
+def _statistics(x: torch.Tensor) -> list[torch.Tensor]:
+    """Returns mean and inverse deviation of a `layer_norm`, without values."""
+    return [x.new_empty((*x.shape[:-1], 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
+
+
+def _fake_backward(dout, x, norm_weight, norm_bias, eps, weight1, weight2, scale, kept, parameters):
+    shapes = [norm_weight.shape, norm_bias.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1]]
+    likes = (norm_weight, norm_bias, *[weight1] * 4)
+    gradients = [like.new_empty(shape if parameters else 0) for like, shape in zip(likes, shapes, strict=True)]
+    return x.new_empty(x.shape), *gradients
 
 
 define(
     'mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2,'
-    ' Tensor bias2, Tensor? scale, bool keep_hidden) -> (Tensor out, Tensor hidden)',
+    ' Tensor bias2, Tensor? scale, bool keep) -> (Tensor out, Tensor[] kept)',
     mlp_reference,
     _fake,
 )
 define(
-    'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1,'
-    ' Tensor weight2, Tensor? scale, Tensor hidden) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,'
-    ' Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
+    'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1,'
+    ' Tensor weight2, Tensor? scale, Tensor[] kept, bool parameters) -> (Tensor dx,'
+    ' Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
     mlp_backward_reference,
-    lambda dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, scale, hidden: (
-        tuple(tensor.new_empty(tensor.shape) for tensor in (x, norm_weight, norm_bias, weight1, bias1, weight2))
-        + (weight2.new_empty(len(weight2)),)
-    ),
+    _fake_backward,
 )
 register_autograd('mlp', _backward, _setup_context)
 refuse_double_backward('mlp_backward')

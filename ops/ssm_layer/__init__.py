@@ -1,16 +1,13 @@
 """The state space branch of a Spatial-Mamba block, norm and skip connection included, as one op made of the others."""
 
 import torch
-import torch.nn.functional as F
 
 from ..checks import check_not_empty, check_parameter, check_scale, check_tensor, refuse_forward_mode
-from ..depthwise_conv import split_gradient
 from ..library import accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
-from ..residual import add_branch, scale_gradient
 from ..state_fusion.taps import TAP_OFFSETS
+from .reference import ssm_layer_backward_reference, ssm_layer_reference
 
 OPS = torch.ops.mmspatialmamba
-CONV_OPTIONS = (1, 'silu', False, False)
 
 
 def ssm_layer(
@@ -72,10 +69,11 @@ def ssm_layer(
 
     Note:
         Autocast: as in linear layers the three products run in autocast's dtype where it is on, else in that of ``x``,
-        and so do the maps between them; inside, each op computes as its own note says. Backward keeps x, u and z
-        before and u after the convolution, and y; both norms are computed again, which layer by layer would be kept.
-        Two runs give the same bits on the CPU; on other devices PyTorch's own products and norms decide. No double
-        backward.
+        and so do the maps between them; inside, each op computes as its own note says, and the first norm is PyTorch's,
+        whose CPU kernel sums the gradient of its weight in the dtype of ``x``. Backward keeps x, u and z before and u
+        after the convolution, and y; both norms are computed again, which layer by layer would be kept. Where no
+        parameter requires a gradient, backward computes that of ``x`` alone. Two runs give the same bits on the CPU;
+        on other devices PyTorch's own products and norms decide. No double backward.
 
         Source: arXiv 2410.15091, structure-aware state space model.
     """
@@ -112,65 +110,6 @@ def ssm_layer(
     return out
 
 
-def _forward(
-    x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias, A, D,
-    taps, out_norm_weight, out_norm_bias, out_eps, scale, keep,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    norm = F.layer_norm(x.to(norm_weight.dtype), x.shape[-1:], norm_weight, norm_bias, eps)
-    uz = norm.to(in_weight.dtype) @ in_weight.T
-    del norm
-    before, z = uz.chunk(2, -1)
-    u = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
-    steps = u @ x_weight.T
-    y = OPS.structure_aware_ssm(u, *_split(steps), dt_weight, dt_bias, A, D, taps)
-    branch = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps) @ out_weight.T
-    kept = (uz, u, steps, y)
-    return add_branch(x.contiguous(), branch, scale), *(kept if keep else [tensor.new_empty(0) for tensor in kept])
-
-
-def _backward_kernel(
-    dout, x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias,
-    A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale, uz, u, steps, y,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    d, (E, R) = x.shape[-1], dt_weight.shape
-    before, z = uz.chunk(2, -1)
-    dbranch = scale_gradient(dout, scale).to(uz.dtype)
-
-    dy, dz, dout_norm, gated = OPS.gated_norm_backward(
-        dbranch @ out_weight, y, z, out_norm_weight, out_norm_bias, out_eps, True
-    )
-    dout_weight = dbranch.reshape(-1, d).T @ gated.view(-1, E)
-    del gated, dbranch
-    du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
-    del dy
-    dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
-    dx_weight = dsteps.T @ u.view(-1, E)
-    du.view(-1, E).addmm_(dsteps, x_weight)
-    dbefore, dconv = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
-    dconv_weight, dconv_bias = (gradient.clone() for gradient in split_gradient(dconv))
-    del du
-
-    x_acc = x.to(norm_weight.dtype)
-    norm, mean, inverse_deviation = torch.ops.aten.native_layer_norm(x_acc, (d,), norm_weight, norm_bias, eps)
-    norm = norm.to(uz.dtype).view(-1, d)
-    dbefore, dz = dbefore.view(-1, E), dz.view(-1, E)
-    din_weight = torch.empty_like(in_weight)
-    torch.mm(dbefore.T, norm, out=din_weight[:E])
-    torch.mm(dz.T, norm, out=din_weight[E:])
-    dnorm = (dbefore @ in_weight[:E]).addmm_(dz, in_weight[E:])
-    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dnorm.to(x_acc.dtype).view(x.shape), x_acc, (d,), mean, inverse_deviation, norm_weight, norm_bias, [True] * 3
-    )
-    return (
-        dx.add_(dout).to(x.dtype), dnorm_weight, dnorm_bias, din_weight, dx_weight, dout_weight, dconv_weight,
-        dconv_bias, *dcore, *(gradient.clone() for gradient in dout_norm),
-    )  # fmt: skip
-
-
-def _split(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return steps.split((steps.shape[-1] - 2, 1, 1), -1)
-
-
 def _setup_context(ctx, inputs, output):
     x, norm_weight, norm_bias, ctx.eps, *parameters, ctx.out_eps, scale, _ = inputs
     ctx.save_for_backward(x, norm_weight, norm_bias, *parameters, scale, *output[1:])
@@ -181,9 +120,11 @@ def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 19
     *inputs, scale, uz, u, steps, y = ctx.saved_tensors
-    dx, dnorm_weight, dnorm_bias, *gradients = OPS.ssm_layer_backward(
-        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, scale, uz, u, steps, y
+    parameters = any(ctx.needs_input_grad[1:])
+    dx, *gradients = OPS.ssm_layer_backward(
+        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, scale, uz, u, steps, y, parameters
     )
+    dnorm_weight, dnorm_bias, *gradients = gradients if parameters else [None] * len(gradients)
     return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None, None
 
 
@@ -195,8 +136,10 @@ def _fake(x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_
 
 
 def _fake_backward(dout, x, norm_weight, norm_bias, eps, *others):
-    tensors = (x, norm_weight, norm_bias, *others[:12])
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+    *_, parameters = others
+    tensors = (norm_weight, norm_bias, *others[:12])
+    gradients = [tensor.new_empty(tensor.shape) if parameters else x.new_empty(0) for tensor in tensors]
+    return x.new_empty(x.shape), *gradients
 
 
 _PARAMETERS = (
@@ -206,15 +149,15 @@ _PARAMETERS = (
 )
 define(
     f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',
-    _forward,
+    ssm_layer_reference,
     _fake,
 )
 define(
-    f'ssm_layer_backward(Tensor dout, {_PARAMETERS}, Tensor uz, Tensor u, Tensor steps, Tensor y) ->'
-    ' (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight, Tensor dx_weight, Tensor dout_weight,'
-    ' Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight, Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dtaps,'
-    ' Tensor dout_norm_weight, Tensor dout_norm_bias)',
-    _backward_kernel,
+    f'ssm_layer_backward(Tensor dout, {_PARAMETERS}, Tensor uz, Tensor u, Tensor steps, Tensor y,'
+    ' bool parameters) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight, Tensor dx_weight,'
+    ' Tensor dout_weight, Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight, Tensor ddt_bias, Tensor dA,'
+    ' Tensor dD, Tensor dtaps, Tensor dout_norm_weight, Tensor dout_norm_bias)',
+    ssm_layer_backward_reference,
     _fake_backward,
 )
 register_autograd('ssm_layer', _backward, _setup_context)
