@@ -7,6 +7,7 @@ from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import depthwise_conv, mlp
+from ..ops.compat import is_compiling
 from ..ops.residual import add_branch
 
 
@@ -123,7 +124,7 @@ class Downsample(nn.Module):
         """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
         if x.device.type == 'cpu' and is_fusable(self.expand, self.dwconv):
             parameters = (self.expand.weight.flatten(1), self.expand.bias, self.dwconv.weight, self.dwconv.bias)
-            parts = zip(*(parameter.chunk(self.PARTS) for parameter in parameters), strict=True)
+            parts = zip(*(parameter.chunk(self.PARTS) for parameter in parameters))
             x = torch.cat(
                 [
                     depthwise_conv(F.linear(x, weight, bias), *kernels, **self.dwconv.options)
@@ -182,4 +183,4 @@ def is_fusable(*layers: nn.Module) -> bool:
 
     What compiles, exports or traces a model looks for standard layers.
     """
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and is_plain(*layers)
+    return not is_compiling() and not torch.jit.is_tracing() and is_plain(*layers)

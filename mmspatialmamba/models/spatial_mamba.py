@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import SourceMetadata
 from ..checkpoint_names import adapt_state_dict
+from ..ops.compat import OutOfMemoryError
 from ..registry import MODELS
 from .layers import MLP, DepthwiseConv, Downsample, Stem
 from .ssm import StructureAwareSSM
@@ -249,7 +250,7 @@ class SpatialMamba(BaseModule):
         try:
             return self._compute_maps(x)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
+            if isinstance(error, OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
                 print_log(
                     f'SpatialMamba: out of memory for an image batch {tuple(x.shape)}. Lower the batch size or the '
                     'size of the images, set with_cp=True on the backbone, or train with --amp.',

@@ -138,7 +138,7 @@ Norm layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor&
 
 void check_inputs(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight1,
-    const at::Tensor& bias1, const at::Tensor& weight2, const std::optional<at::Tensor>& scale) {
+    const at::Tensor& bias1, const at::Tensor& weight2, const OptionalTensor& scale) {
   check_dim("x", x, 2);
   check_dim("weight1", weight1, 2);
   const int64_t d = x.size(1), F = weight1.size(0);
@@ -156,7 +156,7 @@ void check_inputs(
 std::tuple<at::Tensor, at::Tensor> mlp(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
-    const std::optional<at::Tensor>& scale, bool keep_hidden) {
+    const OptionalTensor& scale, bool keep_hidden) {
   check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2, scale);
   const int64_t tokens = x.size(0), d = x.size(1), F = weight1.size(0);
   check_tensor("bias2", bias2, {d}, weight1.scalar_type());
@@ -189,7 +189,7 @@ std::tuple<at::Tensor, at::Tensor> mlp(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_backward(
     const at::Tensor& dout, const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
-    const std::optional<at::Tensor>& scale, const at::Tensor& hidden) {
+    const OptionalTensor& scale, const at::Tensor& hidden) {
   check_inputs(x, norm_weight, norm_bias, weight1, bias1, weight2, scale);
   const auto dtype = weight1.scalar_type(), acc = bias1.scalar_type();
   const int64_t tokens = x.size(0), d = x.size(1), F = weight1.size(0);
