@@ -191,8 +191,8 @@ class _CfgNode:
 
 
 def _message_hub_globals() -> list:
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    functions = (multiarray._reconstruct, multiarray.scalar)
+    # What numpy's own pickles name; the module that holds these functions differs between versions.
+    functions = (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])
     modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since numpy 2
     dtypes = ('float32', 'float64', 'int32', 'int64')
     return [
