@@ -20,6 +20,7 @@ from mmengine import dist
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from . import weights_only
 from .checkpoint_names import BACKBONE_PREFIX
 
 
@@ -34,7 +35,7 @@ def register() -> None:
     plain values, turn every failure into one `CheckpointError` that names the file, and present the published
     classification layout as that of a classifier. Other files pass through them unchanged.
     """
-    torch.serialization.add_safe_globals(_message_hub_globals())
+    weights_only.allow(_message_hub_globals())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
@@ -70,7 +71,7 @@ def _load_intact(filename: str, map_location: str | torch.device | None) -> dict
             checked = any(record.CRC for record in archive.infolist())
             if checked and (record := archive.testzip()):
                 raise ValueError(f'the checksum of its record {record} is wrong')
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return weights_only.load(path, map_location)
 
 
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
@@ -98,7 +99,7 @@ def _load_downloaded(address: str, map_location: str | torch.device | None) -> d
 
 def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> dict:
     try:
-        with torch.serialization.safe_globals([(_CfgNode, 'yacs.config.CfgNode')]):
+        with weights_only.allowed([(_CfgNode, 'yacs.config.CfgNode')]):
             checkpoint = load(filename, map_location=map_location)
     except pickle.UnpicklingError as error:
         reason = str(error).partition('\n')[0]
