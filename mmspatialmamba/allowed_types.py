@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from . import weights_only
+
 NEVER_ADVISED = (
     'builtins',
     'ctypes',
@@ -54,17 +56,22 @@ def allowing_harmless_types(path: str) -> Iterator[None]:
             allows it, if it is a type.
     """
     allowed = [(_CfgNode, 'yacs.config.CfgNode')]
-    if any(name.startswith('omegaconf.') for name in _refused_names(path)) and importlib.util.find_spec('omegaconf'):
+    refused = _refused_names(path)
+    if (refused is None or any(map(_is_omegaconf, refused))) and importlib.util.find_spec('omegaconf'):
         allowed += _omegaconf()
-    with torch.serialization.safe_globals(allowed):
+    with weights_only.allowed(allowed):
         try:
             yield
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(_describe(path, str(error))) from error
 
 
+def _is_omegaconf(name: str) -> bool:
+    return name.startswith('omegaconf.')
+
+
 def _describe(path: str, error: str) -> str:
-    names = sorted(_refused_names(path)) if 'GLOBAL' in error else []
+    names = sorted(_refused_names(path) or ()) if 'GLOBAL' in error else []
     if not names:
         return error.partition('WeightsUnpickler error:')[2].strip().partition('\n')[0] or error.partition('\n')[0]
     if any(name.partition('.')[0] in NEVER_ADVISED for name in names):
@@ -76,8 +83,10 @@ def _describe(path: str, error: str) -> str:
     )
 
 
-def _refused_names(path: str) -> list[str]:
-    """Returns the names of types and functions in a file that are not allowed at present."""
+def _refused_names(path: str) -> list[str] | None:
+    """Returns the names in a file that are not allowed at present; None if this PyTorch cannot say."""
+    if not weights_only.NATIVE:
+        return None
     if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6
         return []
     return torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -88,8 +97,8 @@ def _arrays() -> list:
 
     Those two are left out: their pickles set flags of the dtype, by which bytes would pass for pointers.
     """
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    functions = (multiarray._reconstruct, multiarray.scalar)
+    # What numpy's own pickles name; the module that holds these functions differs between versions.
+    functions = (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])
     modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since numpy 2
     kinds = {type(np.dtype(code)) for code in np.typecodes['All'] if code not in 'OV'}
     return [

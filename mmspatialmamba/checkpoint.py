@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from . import weights_only
 from .allowed_types import allowing_harmless_types, always_allowed
 from .checkpoint_names import find_table
 from .download import cached, check_name, download
@@ -40,7 +41,7 @@ def register() -> None:
     - names without ``module.``, which wrapped models put before them;
     - the names of a published classifier, which have no prefix, as those of a model of a toolbox.
     """
-    torch.serialization.add_safe_globals(always_allowed())
+    weights_only.allow(always_allowed())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
@@ -113,7 +114,7 @@ def _read(path: str, shown: str, map_location: str | torch.device | None, where:
     try:
         check_sums(path)
         with allowing_harmless_types(path):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return weights_only.load(path, map_location)
     except pickle.UnpicklingError as error:
         raise ForbiddenContentError(
             f'{shown}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
