@@ -165,7 +165,7 @@ def test_swap():
     assert swapped.backbone.out_indices == (1, 2, 3)
     assert swapped.neck.in_channels == [16, 32, 64]
     assert swap_backbone(cfg).model.backbone.type == 'mmspatialmamba.SpatialMamba'
-    with pytest.raises(ValueError, match="backbone must be one of SpatialMamba, .*Second, got 'ResNet'"):
+    with pytest.raises(ValueError, match=r"backbone must be one of SpatialMamba, .*Second, got 'ResNet'"):
         swap_backbone(cfg, backbone='ResNet')
 
 
