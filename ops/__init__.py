@@ -3,6 +3,7 @@
 Needs PyTorch only: a process that loads an exported program imports this, without MMEngine or a toolbox.
 """
 
+from . import flop_counter
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .gated_norm import gated_norm
@@ -16,6 +17,7 @@ from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
 define_retired()
+flop_counter.register()
 
 __all__ = [
     'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',

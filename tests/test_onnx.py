@@ -22,7 +22,7 @@ from oracles import (
 )
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba, ops
+from mmspatialmamba import SpatialMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
@@ -232,6 +232,8 @@ def test_bad_examples_raise():
         onnx_export.export_onnx(build(SMALL), images(1, 64, 64), ['a'])
     with pytest.raises(ValueError, match='evaluation mode'):
         onnx_export.export_onnx(build(SMALL).train(), images(2, 64, 64), ['a'])
+    with pytest.raises(ValueError, match='must be layered, got a fused one'):
+        onnx_export.export_onnx(fuse(build(SMALL)), images(2, 64, 64), ['a'])
 
 
 def run_tool(monkeypatch, *args):
