@@ -5,6 +5,7 @@ allows a short list of harmless types (`mmspatialmamba.allowed_types`). The read
 as PyTorch's download of state dicts does, and the onedl fork of MMEngine for a file that was refused.
 """
 
+import json
 import os
 import pickle
 import re
@@ -112,6 +113,8 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
 def _read(path: str, shown: str, map_location: str | torch.device | None, where: str = '') -> object:
     """Reads a file; its errors begin with ``shown``, the file or its address, and end with ``where``."""
     try:
+        if path.endswith('.safetensors'):
+            return _read_safetensors(path, map_location)
         check_sums(path)
         with allowing_harmless_types(path):
             return weights_only.load(path, map_location)
@@ -120,11 +123,23 @@ def _read(path: str, shown: str, map_location: str | torch.device | None, where:
             f'{shown}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
             f'types or code which are not allowed ({error}){where}'
         ) from error
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'{shown}: {error}, which reads such files: pip install {error.name}') from error
     except Exception as error:
         raise CheckpointError(
-            f'{shown}: expected a checkpoint written by torch.save, found a file that cannot be read, truncated or '
-            f'damaged perhaps ({type(error).__name__}: {error}){where}'
+            f'{shown}: expected a checkpoint written by torch.save or safetensors, found a file that cannot be read, '
+            f'truncated or damaged perhaps ({type(error).__name__}: {error}){where}'
         ) from error
+
+
+def _read_safetensors(path: str, map_location: str | torch.device | None) -> dict:
+    """Reads tensors, and the meta data that `tools/convert_checkpoint.py` writes beside them."""
+    from safetensors import safe_open  # not required by this package
+
+    with safe_open(path, framework='pt') as file:
+        weights = {name: file.get_tensor(name).to(map_location or 'cpu') for name in file.keys()}  # noqa: SIM118
+        meta = (file.metadata() or {}).get('meta')
+    return {'meta': json.loads(meta), 'state_dict': weights} if meta else weights
 
 
 def check_sums(path: str) -> None:
