@@ -35,7 +35,7 @@ BLOCK_W = (16, 32)
 BLOCK_P = 16
 """Border pixels of a program."""
 VALUES = 8
-"""Values of one row that a thread computes."""
+"""Values of one row that a thread computes, if no block is partly empty: masks take registers too."""
 
 _REACH = RADIUS + BLOCK_H - 1
 _INDICES = {offset: k for k, offset in enumerate(TAP_OFFSETS)}
@@ -57,10 +57,9 @@ def _locate(H, W, E, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.c
     blocks = tl.cdiv(E, BLOCK_E)
     across = tl.cdiv(W, BLOCK_W)
     down = tl.cdiv(H, BLOCK_H)
-    block = pid % blocks
-    x0 = pid // blocks % across * BLOCK_W
-    y0 = pid // (blocks * across) % down * BLOCK_H
-    n = (pid // (blocks * across) // down).to(tl.int64)
+    block, pid = pid % blocks, pid // blocks
+    x0, pid = pid % across * BLOCK_W, pid // across
+    y0, n = pid % down * BLOCK_H, (pid // down).to(tl.int64)
     return n, y0, x0 + tl.arange(0, BLOCK_W), block, block * BLOCK_E + tl.arange(0, BLOCK_E)
 
 
@@ -112,7 +111,9 @@ def _load_clamped(h_ptr, n, y, x, e, inside, H, W, E, WIDE: tl.constexpr, BY_ROW
     if BY_ROW:
         h = _load(h_ptr, (n * H + y) * W, x, e, inside[None, :], E, WIDE)
     else:
-        h = _load(h_ptr + n * H * W * E, 0, y * W + x, e, inside[None, :], E, WIDE)
+        row = y.to(tl.int64) * W * E if WIDE else y * W * E
+        _, columns = _at(0, x, e, E, WIDE)
+        h = tl.load(h_ptr + n * H * W * E + (row + columns), mask=inside[None, :], other=0.0).to(tl.float32)
     return h
 
 
@@ -325,14 +326,15 @@ def _blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
     N, H, W, E = shape
     columns = min(reversed(BLOCK_W), key=lambda block: triton.cdiv(W, block) * block)
     programs = N * triton.cdiv(H, BLOCK_H) * triton.cdiv(W, columns) * triton.cdiv(E, BLOCK_E)
+    even = E % BLOCK_E == 0
     return programs, {
-        'EVEN': E % BLOCK_E == 0,
+        'EVEN': even,
         'WIDE': H * (W + BLOCK_W[-1]) * E >= 2**31,
         'BLOCK_H': BLOCK_H,
         'BLOCK_W': columns,
         'BLOCK_E': BLOCK_E,
         'num_stages': 1,
-        'num_warps': max(1, columns * BLOCK_E // (32 * VALUES)),
+        'num_warps': max(1, columns * BLOCK_E // (32 * VALUES)) * (1 if even else 2),
     }
 
 
@@ -388,7 +390,7 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     launch(adjoint_kernel, programs, dg, taps, dh, H, W, E, **constants)
     launch(
         adjoint_border_kernel, N * 4 * triton.cdiv(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
-        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_warps=4,
+        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_warps=4 if constants['EVEN'] else 8,
     )  # fmt: skip
     return dh, dtaps.sum(0), dC.sum(0) if observed else None
 
