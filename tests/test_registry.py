@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from mmspatialmamba.ops.backends import KERNELS
 
 import mmspatialmamba
 
@@ -87,7 +88,7 @@ def test_without_kernels_the_import_is_silent_and_the_first_op_says_what_builds_
     shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns('*.so', '__pycache__'))
     if broken:  # as after an update of PyTorch
         for variant in ('default', 'avx2', 'avx512'):
-            (folder / f'_cpu_{variant}.so').write_text('no library')
+            (folder / f'_cpu_{variant}_v{KERNELS}.so').write_text('no library')
     code = (
         hide('mmengine', 'mmcv', 'triton', *TOOLBOXES)
         + f"""
