@@ -203,6 +203,8 @@ FILES = {
     'no bbox': (drop('bbox'), 'error', "have no 'bbox'", r'\[left, top, width, height\]'),
     'no width': (drop('width', 'images'), 'error', "images have no 'width'", 'export'),
     'no file name': (drop('file_name', 'images'), 'error', "images have no 'file_name'", 'export'),
+    'a number as file name': (
+        set_to('file_name', 7, 'images'), 'error', 'file_name of 12 of 12 images is no text, such as 7', 'name of the'),
     'no category id': (drop('category_id'), 'error', "have no 'category_id'", 'export'),
     'sizes as text': (set_to('width', '128', 'images'), 'error', "no number above 0, such as '128' x 96", 'pixels'),
     'repeated annotation ids': (set_to('id', 3), 'error', 'ids of annotations repeat.*: 3', 'from 1 to the last'),
