@@ -788,6 +788,20 @@ def test_page_in_a_browser(detection):
     assert rows >= 2
 
 
+def test_configs_whose_types_are_classes(detection):
+    text = detection.base.read_text().replace('data/shapes/coco/', f'{detection.folder}/')
+    for name in ('CocoDataset', 'LoadImageFromFile', 'CocoMetric'):
+        text = text.replace(f"'{name}'", name)
+    imports = 'from mmcv.transforms import LoadImageFromFile\nfrom mmdet.datasets import CocoDataset\n'
+    detection.config = (
+        (imports + 'from mmdet.evaluation import CocoMetric\n' + text).replace('{', '{{').replace('}', '}}')
+    )
+    assert detection.check() == (0, [])
+    assert 'data set      CocoDataset' in detection.printed
+    detection.edit(drop('iscrowd'), ('val',))
+    detection.expect('error', "val: .* have no 'iscrowd'", "'iscrowd': 0")
+
+
 def test_bad_arguments(detection, monkeypatch, capsys):
     classifier = ROOT / 'configs' / 'cls_sm_t.py'
     for arguments, message in (
