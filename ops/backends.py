@@ -11,7 +11,15 @@ import torch
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
-TRITON_OPS = ('depthwise_conv', 'gated_norm', 'layer_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
+TRITON_OPS = (
+    'depthwise_conv',
+    'fusion_taps',
+    'gated_norm',
+    'layer_norm',
+    'scan_states',
+    'state_fusion',
+    'structure_aware_ssm',
+)
 """Ops whose folder has Triton kernels, which register themselves when they are imported."""
 
 
