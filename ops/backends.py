@@ -15,7 +15,15 @@ It rises with the schema of an op: to load a library that was built for another 
 """
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
-TRITON_OPS = ('depthwise_conv', 'gated_norm', 'layer_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
+TRITON_OPS = (
+    'depthwise_conv',
+    'fusion_taps',
+    'gated_norm',
+    'layer_norm',
+    'scan_states',
+    'state_fusion',
+    'structure_aware_ssm',
+)
 """Ops whose folder has Triton kernels, which register themselves when they are imported."""
 BUILD = 'MMSPATIALMAMBA_BUILD_OPS=1 pip install --no-build-isolation --no-deps -e .'
 """Builds the C++ kernels in a checkout, or shows why they do not build, which pip hides otherwise."""

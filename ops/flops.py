@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from .depthwise_conv.flops import depthwise_conv
+from .fusion_taps.flops import fusion_taps
 from .gated_norm.flops import gated_norm
 from .layer_norm.flops import layer_norm
 from .mlp.flops import mlp
@@ -31,6 +32,7 @@ from .structure_aware_ssm.flops import structure_aware_ssm
 
 MULTIPLY_ADDS: dict[str, Callable[[list[tuple[int, ...]], tuple[int, ...]], Counter]] = {
     'depthwise_conv': depthwise_conv,
+    'fusion_taps': fusion_taps,
     'gated_norm': gated_norm,
     'layer_norm': layer_norm,
     'mlp': mlp,

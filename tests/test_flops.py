@@ -61,6 +61,7 @@ def test_each_op_is_counted_by_its_formula():
     tokens = N * H * W
     sequence = (ones(N, H * W, E), ones(N, H * W, E), -ones(E), ones(N, H * W, 1))
     assert count(ops.scan_states, *sequence) == {'scan_states': 4 * tokens * E}
+    assert count(ops.fusion_taps, *[ones(E, 1, 3, 3)] * 3, ones(3)) == {}
     assert count(ops.state_fusion, ones(N, H, W, E), ones(25, E)) == {'state_fusion': 25 * tokens * E}
     maps = (ones(N, H, W, E), ones(N, H, W, R), ones(N, H, W, 1), ones(N, H, W, 1))
     parameters = (ones(E, R), ones(E), -ones(E), ones(E), ones(25, E))

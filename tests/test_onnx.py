@@ -12,6 +12,7 @@ from oracles import (
     Call,
     conv_arguments,
     fusion_convolutions,
+    fusion_weights,
     norm_arguments,
     relative_error,
     scan_inputs,
@@ -121,6 +122,14 @@ def test_depthwise_conv_of_any_grid(options):
         arguments = conv_arguments(grid, dtype=torch.float32)
         expected = ops.depthwise_conv(*(x.double() for x in arguments), **named)
         assert relative_error(run(session, *arguments), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_fusion_taps(device):
+    """On a CPU PyTorch's functions take the op's place: the translation serves what is exported on other devices."""
+    kernels, alpha = fusion_weights(5, torch.float32)
+    session = export(ops.fusion_taps, [x.to(device) for x in (*kernels, alpha)], ())
+    assert relative_error(run(session, *kernels, alpha), ops.fusion_taps(*kernels, alpha)) < TOLERANCE
 
 
 @pytest.mark.parametrize('device', ['cpu', 'meta'])

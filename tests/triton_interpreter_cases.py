@@ -17,18 +17,29 @@ import torch
 import triton
 import triton.language as tl
 from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
+from mmspatialmamba.ops.fusion_taps import triton_kernels as triton_taps
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
-from oracles import SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import (
+    SEQUENCE_LENGTHS,
+    conv_arguments,
+    fusion_weights,
+    norm_arguments,
+    relative_error,
+    scan_inputs,
+    ssm_arguments,
+)
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
     'depthwise_conv': ('y',),
     'depthwise_conv_backward': ('dx', 'dparameters'),
+    'fusion_taps': ('taps',),
+    'fusion_taps_backward': ('ddwconv_d1', 'ddwconv_d3', 'ddwconv_d5', 'dalpha'),
     'gated_norm': ('out',),
     'gated_norm_backward': ('dy', 'dz', 'dparameters', 'out'),
     'layer_norm': ('out', 'mean', 'inverse'),
@@ -383,6 +394,30 @@ def scan_cases():
     offset_cases()
 
 
+def taps_cases():
+    triton_taps.BLOCK_E = 16
+    for channels, dtype in ((1, torch.float32), (5, torch.float32), (16, torch.float32), (37, torch.float32)):
+        record_taps(*fusion_weights(channels, dtype))
+    for dtype in (torch.bfloat16, torch.float16):
+        record_taps(*fusion_weights(37, dtype))
+    kernels, alpha = fusion_weights(20, torch.float32)
+    record_taps([torch.stack((kernel, kernel), -1)[..., 0] for kernel in kernels], alpha.repeat_interleave(2)[::2])
+    load_tap = triton_taps._load_tap
+    triton_taps._load_tap = _load_tap_transposed
+    checks['taps: transposed kernels are seen'] = compare('fusion_taps', *kernels, alpha)['taps'] > 1e-2
+    triton_taps._load_tap = load_tap
+
+
+def record_taps(kernels, alpha):
+    gradient = noise(torch.empty(25, len(kernels[0]), dtype=alpha.dtype))
+    record('fusion_taps', gradient, *kernels, alpha)
+
+
+@triton.jit
+def _load_tap_transposed(kernels, e, E, j: tl.constexpr, k: tl.constexpr):
+    return tl.load(kernels[j] + e * 9 + k % 3 * 3 + k // 3, mask=e < E, other=0.0).to(tl.float32)
+
+
 def fusion_cases():
     for batch, grid, channels, dtype in (
         (1, (1, 1), 5, torch.float32),
@@ -635,7 +670,7 @@ if __name__ == '__main__':
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
     groups = {
-        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'scan': scan_cases,
+        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'taps': taps_cases, 'scan': scan_cases,
         'fusion': fusion_cases, 'ssm': ssm_cases,
     }  # fmt: skip
     groups[sys.argv[1]]()
