@@ -10,6 +10,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / 'mmspatialmamba' / 'version.py').read_text().split("__version__ = '")[1].split("'")[0]
+KERNELS = (ROOT / 'ops' / 'backends.py').read_text().split('KERNELS = ')[1].split('\n')[0]
 
 
 def requirements(name: str) -> list[str]:
@@ -88,7 +89,7 @@ def build_ops() -> dict:
         capability = variant.upper()
         macros = [f'-DCPU_CAPABILITY={capability}', f'-DCPU_CAPABILITY_{capability}']
         return CppExtension(
-            f'mmspatialmamba.ops._cpu_{variant}',
+            f'mmspatialmamba.ops._cpu_{variant}_v{KERNELS}',
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'ops').glob('*/cpu.cpp')),
             extra_compile_args=['-O3', '-g0', '-fopenmp', *macros, *VECTOR_FLAGS[variant]],
             extra_link_args=['-fopenmp'],

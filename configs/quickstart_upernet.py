@@ -3,7 +3,7 @@
 _base_ = './finetune_upernet_sm_t.py'
 
 crop_size = (128, 160)  # height, width: the size of the shapes images
-iterations = 400
+iterations = 1000
 
 model = dict(
     data_preprocessor=dict(size=crop_size),

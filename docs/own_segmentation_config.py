@@ -55,4 +55,8 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=iterations // 20, end=iterations, by_epoch=False),
 ]
 optim_wrapper = dict(optimizer=dict(lr=6e-5))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=iterations // 10, max_keep_ckpts=2))
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=iterations // 10, max_keep_ckpts=2),
+    visualization=dict(interval=1),  # with --show-dir, a picture of every image
+)

@@ -1,4 +1,7 @@
-"""Spatial-Mamba as a backbone for OpenMMLab: importing this package registers ``SpatialMamba``."""
+"""State space backbones for OpenMMLab: with MMEngine installed, importing this package registers them.
+
+Without MMEngine it offers what PyTorch alone can run: `mmspatialmamba.ops` and ``python -m mmspatialmamba``.
+"""
 
 try:
     from . import ops
@@ -9,17 +12,33 @@ except ImportError as error:
         '"pip install --no-build-isolation -e ." in the checkout (setuptools 64 or later), or install the wheel.'
     ) from error
 
-from . import checkpoint, flops
-from .backbone_swap import swap_backbone
 from .configs import config_path
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .models import SpatialMamba, fuse, unfuse
 from .version import __version__
 
-checkpoint.register()
-flops.register()
+WITH_MMENGINE = ('LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'fuse', 'swap_backbone', 'unfuse')
+"""What this package offers beside these, where MMEngine is installed."""
 
-__all__ = [
-    'LayerDecayOptimWrapperConstructor', 'SpatialMamba', '__version__', 'config_path', 'fuse', 'ops', 'swap_backbone',
-    'unfuse',
-]  # fmt: skip
+__all__ = ['__version__', 'config_path', 'ops']
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':  # it is there, and lacks something
+        raise
+
+    def __getattr__(name: str) -> object:
+        if name in WITH_MMENGINE:
+            raise ModuleNotFoundError(
+                f'mmspatialmamba.{name} needs MMEngine, which is not installed; only mmspatialmamba.ops works without',
+                name='mmengine',
+            )
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+else:
+    from . import checkpoint, flops
+    from .backbone_swap import swap_backbone
+    from .layer_decay import LayerDecayOptimWrapperConstructor
+    from .models import SpatialMamba, fuse, unfuse
+
+    checkpoint.register()
+    flops.register()
+    __all__ += ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'fuse', 'swap_backbone', 'unfuse']

@@ -25,6 +25,8 @@ def main() -> int:
         print('GPU: none')
     advice = [line for name in TOOLBOXES + OTHERS if (line := report_module(name))]
     broken = bool(advice)
+    if sys.modules.get('mmengine') is None:  # the package itself tries to import it
+        advice.append('without mmengine there are the ops alone; for the backbones install an OpenMMLab stack (README)')
     for backend in ops.backends().values():
         print(f'ops on {backend.device}: {backend.implementation}')
         if backend.reason and (backend.device == 'cpu' or torch.cuda.is_available()):

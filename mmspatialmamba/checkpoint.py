@@ -1,29 +1,26 @@
 """Checkpoint files: what may be read under PyTorch's ``weights_only``, the layouts of our backbones, and clear errors.
 
-PyTorch's ``weights_only`` refuses the message hub that MMEngine stores beside the weights. `register` allows exactly
-the types of that hub. The readers never switch ``weights_only`` off, as PyTorch's download of state dicts does, and the
-onedl fork of MMEngine for a file that was refused. To them the yacs config in the original project's files is a plain
-dict.
+PyTorch's ``weights_only`` refuses the message hub that MMEngine stores beside the weights, and arrays. `register`
+allows a short list of harmless types (`mmspatialmamba.allowed_types`). The readers never switch ``weights_only`` off,
+as PyTorch's download of state dicts does, and the onedl fork of MMEngine for a file that was refused.
 """
 
+import json
 import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlparse
 
-import numpy as np
 import torch
-from mmengine import dist
-from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from . import weights_only
+from .allowed_types import allowing_harmless_types, always_allowed
 from .checkpoint_names import find_table
+from .download import cached, check_name, download
 
 
 class CheckpointError(RuntimeError):
@@ -35,7 +32,7 @@ class ForbiddenContentError(CheckpointError, pickle.UnpicklingError):
 
 
 def register() -> None:
-    """Makes the types of MMEngine's checkpoints known to PyTorch, and this module's readers known to MMEngine.
+    """Makes the types of checkpoints known to PyTorch, and this module's readers known to MMEngine.
 
     The readers replace MMEngine's for local files and for HTTP in the whole process: they refuse what holds more than
     plain values, and every failure to read is one `CheckpointError` that names the file. What holds none of this
@@ -45,7 +42,7 @@ def register() -> None:
     - names without ``module.``, which wrapped models put before them;
     - the names of a published classifier, which have no prefix, as those of a model of a toolbox.
     """
-    torch.serialization.add_safe_globals(_message_hub_globals())
+    weights_only.allow(always_allowed())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
@@ -82,61 +79,78 @@ def read_local(filename: str, map_location: str | torch.device | None = None) ->
 
 
 def _read_local(filename: str, map_location: str | torch.device | None) -> object:
-    if not os.path.isfile(os.path.expanduser(filename)):
-        raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
-    return _read(_load_intact, filename, map_location)
-
-
-def _load_intact(filename: str, map_location: str | torch.device | None) -> object:
-    """Reads a local file whose checksums are right, which ``torch.load`` does not look at."""
     path = os.path.expanduser(filename)
-    if zipfile.is_zipfile(path):  # the format before PyTorch 1.6 has no checksums
-        with zipfile.ZipFile(path) as archive:
-            # torch.serialization.set_crc32_options(False) leaves zeros.
-            checked = any(record.CRC for record in archive.infolist())
-            if checked and (record := archive.testzip()):
-                raise ValueError(f'the checksum of its record {record} is wrong')
-    return torch.load(path, map_location=map_location, weights_only=True)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
+    return _read(path, filename, map_location)
 
 
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> object:
     """Downloads and reads a file, with the errors and the layout that `register` describes.
 
+    The file stays in PyTorch's folder of downloads, see `mmspatialmamba.download`.
+
     Raises:
         CheckpointError: The address cannot be read, or its file cannot, as in `load_from_local`.
     """
-    return _present(_read(_load_downloaded, filename, map_location), filename)
-
-
-def _load_downloaded(address: str, map_location: str | torch.device | None) -> object:
-    """Reads a file from PyTorch's folder of downloads; the process of rank 0 fetches it if it is not there yet."""
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(address).path).name)
-    first = dist.get_rank() == 0
-    if not first:
-        dist.barrier()
-    if not path.exists():  # for other processes too, on a node that does not share the folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path))
-    if first:
-        dist.barrier()
-    return _load_intact(str(path), map_location)
-
-
-def _read(load: Callable, filename: str, map_location: str | torch.device | None) -> object:
     try:
-        with torch.serialization.safe_globals([(_CfgNode, 'yacs.config.CfgNode')]):
-            return load(filename, map_location=map_location)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition('\n')[0]
-        raise ForbiddenContentError(
-            f'{filename}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
-            f'types or code which are not allowed ({reason})'
+        path = download(filename)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'{filename}: expected a checkpoint at this address, found none that can be read ({error}). Without a '
+            f'network, put the file there by hand: {cached(filename)}'
         ) from error
+    where = f'. It lies at {path}: delete it to download it again'
+    try:
+        check_name(path)
+    except ValueError as error:
+        raise CheckpointError(
+            f'{filename}: expected an intact checkpoint, found another file: {error}{where}'
+        ) from error
+    return _present(_read(str(path), filename, map_location, where), filename)
+
+
+def _read(path: str, shown: str, map_location: str | torch.device | None, where: str = '') -> object:
+    """Reads a file; its errors begin with ``shown``, the file or its address, and end with ``where``."""
+    try:
+        if path.endswith('.safetensors'):
+            return _read_safetensors(path, map_location)
+        check_sums(path)
+        with allowing_harmless_types(path):
+            return weights_only.load(path, map_location)
+    except pickle.UnpicklingError as error:
+        raise ForbiddenContentError(
+            f'{shown}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
+            f'types or code which are not allowed ({error}){where}'
+        ) from error
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'{shown}: {error}, which reads such files: pip install {error.name}') from error
     except Exception as error:
         raise CheckpointError(
-            f'{filename}: expected a checkpoint written by torch.save, found a file that cannot be read, truncated or '
-            f'damaged perhaps ({type(error).__name__}: {error})'
+            f'{shown}: expected a checkpoint written by torch.save or safetensors, found a file that cannot be read, '
+            f'truncated or damaged perhaps ({type(error).__name__}: {error}){where}'
         ) from error
+
+
+def _read_safetensors(path: str, map_location: str | torch.device | None) -> dict:
+    """Reads tensors, and the meta data that `tools/convert_checkpoint.py` writes beside them."""
+    from safetensors import safe_open  # not required by this package
+
+    with safe_open(path, framework='pt') as file:
+        weights = {name: file.get_tensor(name).to(map_location or 'cpu') for name in file.keys()}  # noqa: SIM118
+        meta = (file.metadata() or {}).get('meta')
+    return {'meta': json.loads(meta), 'state_dict': weights} if meta else weights
+
+
+def check_sums(path: str) -> None:
+    """Raises a ValueError if a checksum in a file is wrong, which ``torch.load`` does not look at."""
+    if not zipfile.is_zipfile(path):  # the format before PyTorch 1.6 has none
+        return
+    with zipfile.ZipFile(path) as archive:
+        # torch.serialization.set_crc32_options(False) leaves zeros.
+        checked = any(record.CRC for record in archive.infolist())
+        if checked and (record := archive.testzip()):
+            raise ValueError(f'the checksum of its record {record} is wrong')
 
 
 def get_weights(checkpoint: dict) -> dict:
@@ -224,36 +238,3 @@ def _name_source(checkpoint: dict, filename: str) -> dict:
 def _holds_tensors(value: object) -> bool:
     values = value.values() if isinstance(value, dict) else [value]
     return any(isinstance(value, torch.Tensor) for value in values)
-
-
-class _CfgNode:
-    """Stands in for ``yacs.config.CfgNode`` while a checkpoint is read: makes dicts.
-
-    The unpickler of ``weights_only`` fills no other type: it refuses the real class even where yacs is installed and
-    allowed.
-    """
-
-    def __new__(cls) -> OrderedDict:
-        return OrderedDict()
-
-
-def _message_hub_globals() -> list:
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    functions = (multiarray._reconstruct, multiarray.scalar)
-    modules = ('numpy.core.multiarray', 'numpy._core.multiarray')  # before and since numpy 2
-    dtypes = ('float32', 'float64', 'int32', 'int64')
-    return [
-        HistoryBuffer,
-        (_history_buffer_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        *(type(np.dtype(name)) for name in dtypes),
-        *((f, f'{module}.{f.__name__}') for f in functions for module in modules),
-    ]
-
-
-def _history_buffer_method(owner: object, name: str) -> Callable:
-    """Stands in for ``getattr`` while a checkpoint is read: gives HistoryBuffer's statistics and nothing else."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed in a checkpoint')
-    return getattr(HistoryBuffer, name)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import get_weights, load_from_local
 from .models import Backbone
+from .models.fused import FusedBlock
 from .ops import scan_states, state_fusion
 
 PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
@@ -278,6 +279,8 @@ def record_ssm(
     """
     if not isinstance(backbone, Backbone):
         raise ValueError(f'expected a backbone of mmspatialmamba, found {type(backbone).__name__}')
+    if any(isinstance(module, FusedBlock) for module in backbone.modules()):
+        raise ValueError('expected a layered backbone, found a fused one: call mmspatialmamba.unfuse(backbone) first')
     places = [(index, block) for index, stage in enumerate(backbone.stages) for block in range(len(stage.blocks))]
     turns = {place: turn for turn, place in enumerate(places)}
     for block in blocks:

@@ -8,6 +8,7 @@ Each op's translation lies beside the op. Nothing depends on the exported size: 
 import torch
 from onnxscript import opset18 as op
 
+from .models.fused import FusedBlock
 from .ops.onnx_translations import TRANSLATIONS as OP_TRANSLATIONS
 
 MIN_SIDE = 33
@@ -55,7 +56,7 @@ def export_onnx(model: torch.nn.Module, images: torch.Tensor, output_names: list
         The program; its ``save(path)`` writes the file.
 
     Raises:
-        ValueError: The example is too small, or the model is in training mode.
+        ValueError: The example is too small, or the model is fused or in training mode.
     """
     if images.ndim != 4 or len(images) < 2 or min(images.shape[2:]) < MIN_SIDE:
         raise ValueError(
@@ -64,6 +65,8 @@ def export_onnx(model: torch.nn.Module, images: torch.Tensor, output_names: list
         )
     if model.training:
         raise ValueError('export_onnx: model must be in evaluation mode, got one in training mode')
+    if any(isinstance(module, FusedBlock) for module in model.modules()):
+        raise ValueError('export_onnx: model must be layered, got a fused one: call mmspatialmamba.unfuse(model) first')
     return torch.onnx.export(
         model,
         (images,),

@@ -3,19 +3,22 @@
 Needs PyTorch only: a process that loads an exported program imports this, without MMEngine or a toolbox.
 """
 
+from . import flop_counter
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
+from .fusion_taps import fusion_taps
 from .gated_norm import gated_norm
 from .layer_norm import layer_norm
 from .library import define_retired
 from .mlp import mlp
 from .scan_states import scan_states
 from .ssm_layer import ssm_layer
-from .state_fusion import fusion_taps, state_fusion
+from .state_fusion import state_fusion
 from .structure_aware_ssm import structure_aware_ssm
 
 load_backends()
 define_retired()
+flop_counter.register()
 
 __all__ = [
     'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',

@@ -8,9 +8,22 @@ from pathlib import Path
 import torch
 
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
+KERNELS = 2
+"""Version of the C++ kernels, a part of their libraries' names; setup.py reads it here.
+
+It rises with the schema of an op: to load a library that was built for another schema would end the process.
+"""
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
-TRITON_OPS = ('depthwise_conv', 'gated_norm', 'layer_norm', 'scan_states', 'state_fusion', 'structure_aware_ssm')
+TRITON_OPS = (
+    'depthwise_conv',
+    'fusion_taps',
+    'gated_norm',
+    'layer_norm',
+    'scan_states',
+    'state_fusion',
+    'structure_aware_ssm',
+)
 """Ops whose folder has Triton kernels, which register themselves when they are imported."""
 BUILD = 'MMSPATIALMAMBA_BUILD_OPS=1 pip install --no-build-isolation --no-deps -e .'
 """Builds the C++ kernels in a checkout, or shows why they do not build, which pip hides otherwise."""
@@ -62,10 +75,10 @@ def _load_cpp() -> str:
     variants = ('avx512', 'avx2', 'default')
     capability = torch.backends.cpu.get_cpu_capability().lower()
     usable = variants[variants.index(capability) :] if capability in variants else ('default',)
-    built = {variant: next(Path(__file__).parent.glob(f'_cpu_{variant}.*'), None) for variant in usable}
+    built = {variant: next(Path(__file__).parent.glob(f'_cpu_{variant}_v{KERNELS}.*'), None) for variant in usable}
     library = next((built[variant] for variant in usable if built[variant]), None)
     if library is None:
-        return f'not built for {" or ".join(usable)}. In a checkout, with a C++ compiler: {BUILD}'
+        return f'version {KERNELS} not built for {" or ".join(usable)}. In a checkout, with a C++ compiler: {BUILD}'
     try:
         torch.ops.load_library(library)
     except OSError as error:

@@ -3,12 +3,14 @@
 import torch
 from torch.autograd import forward_ad
 
+from .compat import is_compiling
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
     """Raises if a tensor carries a tangent: without a formula, PyTorch would go on with tangents of zero."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(f'{op}: forward-mode differentiation is not supported, use torch.autograd')

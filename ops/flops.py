@@ -21,17 +21,23 @@ from collections import Counter
 from collections.abc import Callable
 
 from .depthwise_conv.flops import depthwise_conv
+from .fusion_taps.flops import fusion_taps
 from .gated_norm.flops import gated_norm
 from .layer_norm.flops import layer_norm
+from .mlp.flops import mlp
 from .scan_states.flops import scan_states
+from .ssm_layer.flops import ssm_layer
 from .state_fusion.flops import state_fusion
 from .structure_aware_ssm.flops import structure_aware_ssm
 
 MULTIPLY_ADDS: dict[str, Callable[[list[tuple[int, ...]], tuple[int, ...]], Counter]] = {
     'depthwise_conv': depthwise_conv,
+    'fusion_taps': fusion_taps,
     'gated_norm': gated_norm,
     'layer_norm': layer_norm,
+    'mlp': mlp,
     'scan_states': scan_states,
+    'ssm_layer': ssm_layer,
     'state_fusion': state_fusion,
     'structure_aware_ssm': structure_aware_ssm,
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from . import compat
 from .backends import backends
 
 NAMESPACE = 'mmspatialmamba'
@@ -38,13 +39,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Returns the dtype of matrix products with ``x``: autocast's where that is on and x not float64, else its own."""
-    if x.dtype != torch.float64 and _is_autocast_on(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _is_autocast_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype if x.dtype == torch.float64 else compat.autocast_dtype(x.device.type) or x.dtype
 
 
 def define(schema: str, reference: Callable, fake: Callable) -> None:
@@ -62,7 +57,7 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     def kernel(*args):
         device = args[0].device.type
         _warn_if_slow(name, device)
-        if not _is_autocast_on(device):
+        if compat.autocast_dtype(device) is None:
             return reference(*args)
         # The arguments have the dtypes to compute in, also where backward runs inside of an autocast context.
         with torch.autocast(device, enabled=False):
@@ -71,7 +66,7 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     LIBRARY.define(schema)
     REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=LIBRARY)
+    compat.register_fake(LIBRARY, name, fake)
 
 
 def define_retired() -> None:
@@ -98,7 +93,7 @@ def is_compiled(name: str, device: torch.device) -> bool:
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Registers the autograd formula of an op that `define` has defined."""
-    torch.library.register_autograd(f'{NAMESPACE}::{name}', backward, setup_context=setup_context, lib=LIBRARY)
+    compat.register_autograd(LIBRARY, name, backward, setup_context)
 
 
 def refuse_double_backward(name: str) -> None:
@@ -107,7 +102,7 @@ def refuse_double_backward(name: str) -> None:
     def backward(ctx, *gradients):
         raise NotImplementedError(f'{NAMESPACE}::{name} has no derivative: double backward is not supported')
 
-    torch.library.register_autograd(f'{NAMESPACE}::{name}', backward, lib=LIBRARY)
+    compat.register_autograd(LIBRARY, name, backward)
 
 
 def _warn_if_slow(name: str, device: str) -> None:

@@ -5,6 +5,7 @@ this module out.
 import torch
 
 from .depthwise_conv.onnx_translation import depthwise_conv
+from .fusion_taps.onnx_translation import fusion_taps
 from .gated_norm.onnx_translation import gated_norm
 from .layer_norm.onnx_translation import layer_norm
 from .scan_states.onnx_translation import scan_states
@@ -13,6 +14,7 @@ from .structure_aware_ssm.onnx_translation import structure_aware_ssm
 
 TRANSLATIONS = {
     torch.ops.mmspatialmamba.depthwise_conv.default: depthwise_conv,
+    torch.ops.mmspatialmamba.fusion_taps.default: fusion_taps,
     torch.ops.mmspatialmamba.gated_norm.default: gated_norm,
     torch.ops.mmspatialmamba.layer_norm.default: layer_norm,
     torch.ops.mmspatialmamba.scan_states.default: scan_states,

@@ -1,8 +1,11 @@
 """Independent statements of the equations, and the inputs and the wrapper that several tests share."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import fusion_taps
+from mmspatialmamba.ops.compat import VERSION
 from mmspatialmamba.ops.library import REFERENCES
 from torch import nn
 
@@ -181,9 +184,12 @@ def rms_error(actual, expected, scale=None):
     return ((actual.double() - expected).square().mean().sqrt() / scale).item()
 
 
+@contextmanager
 def use_references():
-    """Puts the references in the place of what serves the CPU, until `_destroy` of what is returned."""
+    """Puts the references in the place of what serves the CPU."""
     library = torch.library.Library('mmspatialmamba', 'IMPL')
     for name, kernel in REFERENCES.items():
         library.impl(name, kernel, 'CPU')
-    return library
+    yield
+    if VERSION >= (2, 4):
+        library._destroy()  # older versions forget the kernels with the object

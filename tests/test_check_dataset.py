@@ -203,6 +203,8 @@ FILES = {
     'no bbox': (drop('bbox'), 'error', "have no 'bbox'", r'\[left, top, width, height\]'),
     'no width': (drop('width', 'images'), 'error', "images have no 'width'", 'export'),
     'no file name': (drop('file_name', 'images'), 'error', "images have no 'file_name'", 'export'),
+    'a number as file name': (
+        set_to('file_name', 7, 'images'), 'error', 'file_name of 12 of 12 images is no text, such as 7', 'name of the'),
     'no category id': (drop('category_id'), 'error', "have no 'category_id'", 'export'),
     'sizes as text': (set_to('width', '128', 'images'), 'error', "no number above 0, such as '128' x 96", 'pixels'),
     'repeated annotation ids': (set_to('id', 3), 'error', 'ids of annotations repeat.*: 3', 'from 1 to the last'),
@@ -575,7 +577,7 @@ INNER = """
 metainfo = dict(classes=('circle', 'square', 'triangle'))
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
 common = dict(type='CocoDataset', data_root=data_root, ann_file='annotations/instances_train2017.json',
-              data_prefix=dict(img='train2017/'), metainfo=metainfo)
+              data_prefix=dict(img='train2017/'), metainfo=metainfo, serialize_data=False)
 inner = dict(common, pipeline=[*load, dict(type='PackDetInputs')])
 loading = dict(common, pipeline=load)
 train_dataloader['dataset'] = {}
@@ -784,6 +786,20 @@ def test_page_in_a_browser(detection):
     assert max(narrow) <= 500
     assert names <= {'circle <b>é</b> 圆', 'square', 'triangle'}
     assert rows >= 2
+
+
+def test_configs_whose_types_are_classes(detection):
+    text = detection.base.read_text().replace('data/shapes/coco/', f'{detection.folder}/')
+    for name in ('CocoDataset', 'LoadImageFromFile', 'CocoMetric'):
+        text = text.replace(f"'{name}'", name)
+    imports = 'from mmcv.transforms import LoadImageFromFile\nfrom mmdet.datasets import CocoDataset\n'
+    detection.config = (
+        (imports + 'from mmdet.evaluation import CocoMetric\n' + text).replace('{', '{{').replace('}', '}}')
+    )
+    assert detection.check() == (0, [])
+    assert 'data set      CocoDataset' in detection.printed
+    detection.edit(drop('iscrowd'), ('val',))
+    detection.expect('error', "val: .* have no 'iscrowd'", "'iscrowd': 0")
 
 
 def test_bad_arguments(detection, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
@@ -221,7 +222,7 @@ def test_the_name_holds_the_hash_of_the_file_and_depends_on_the_content_only(run
     ('args', 'message'),
     [
         (('none.pth', 'out.pth'), 'none.pth: expected a checkpoint file, found no such file'),
-        ((DETECTOR, 'out.bin'), 'argument target: expected a name that ends in .pth, got out.bin'),
+        ((DETECTOR, 'out.bin'), 'argument target: expected a name that ends in .pth or .safetensors, got out.bin'),
         ((DETECTOR, 'out.pth', '--in-channels', '0'), 'argument --in-channels: expected at least 1, got 0'),
         ((DETECTOR, 'out.pth', '--weights', 'ema'), 'official_small_detector.pth: expected averaged weights'),
         ((TOOL, 'out.pth'), 'convert_checkpoint.py: expected a checkpoint'),
@@ -237,6 +238,55 @@ def test_what_cannot_be_converted_is_one_line(args, message, run, tmp_path, monk
     (line,) = (capsys.readouterr().err if stop.value.code == 2 else stop.value.code).splitlines()[-1:]
     assert message in line
     assert not list(tmp_path.glob('out*'))
+
+
+def test_safetensors_are_written_and_read_like_the_others(run, detector_file, tmp_path):
+    pytest.importorskip('safetensors')
+    pickled = run(detector_file, tmp_path / 'own.pth')
+    written = run(detector_file, tmp_path / 'own.safetensors')
+    assert written.name == f'own-{hashlib.sha256(written.read_bytes()).hexdigest()[:8]}.safetensors'
+    assert run(detector_file, tmp_path / 'again' / 'own.safetensors').name == written.name
+    one, other = (read_local(str(path)) for path in (pickled, written))
+    assert one['meta'] == other['meta'] == {'epoch': 12}
+    assert one['state_dict'].keys() == other['state_dict'].keys()
+    assert all(torch.equal(tensor, other['state_dict'][name]) for name, tensor in one['state_dict'].items())
+    back = run(written, tmp_path / 'official.safetensors', '--names', 'official', '--backbone')
+    for path in (written, back):
+        backbone = SpatialMamba(ARCH, pretrained=str(path))
+        backbone.init_weights()
+        expected = load(DETECTOR)['state_dict']['backbone.layers.0.blocks.0.ln_1.weight']
+        assert torch.equal(backbone.stages[0].blocks[0].norm1.weight, expected)
+    written.write_bytes(written.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=rf'{written.name}: expected a checkpoint written by'):
+        read_local(str(written))
+
+
+def test_a_classifier_in_safetensors_loads_as_a_model_of_a_toolbox(run, tmp_path):
+    pytest.importorskip('safetensors')
+    path = run(CLASSIFICATION, tmp_path / 'cls.safetensors', '--names', 'official')
+    assert load_from_local(str(path))['state_dict'].keys() == load_from_local(str(CLASSIFICATION))['state_dict'].keys()
+
+
+def test_safetensors_hold_no_more_than_tensors_and_json(tmp_path):
+    pytest.importorskip('safetensors')
+    state = {'a': torch.ones(1)}
+    for content, message in (
+        ({'state_dict': {**state, 'b': torch.qint8}}, 'expected tensors only, found a dtype as b'),
+        ({'state_dict': state, 'meta': {'x': {1, 2}}}, 'expected meta data that JSON can hold, found a set'),
+    ):
+        with pytest.raises(convert_checkpoint.ConversionError, match=message):
+            convert_checkpoint.save(content, tmp_path / 'x.safetensors')
+    palette = convert_checkpoint.save(
+        {'state_dict': state, 'meta': {'palette': np.array([[1, 2, 3]], np.uint8)}}, tmp_path / 'x.safetensors'
+    )
+    assert read_local(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    (tmp_path / 'x.safetensors').write_bytes(b'')
+    with pytest.raises(CheckpointError, match=r'x\.safetensors: .*safetensors.*pip install safetensors'):
+        read_local(str(tmp_path / 'x.safetensors'))
 
 
 def test_the_command_line():

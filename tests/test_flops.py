@@ -15,11 +15,14 @@ from mmengine.analysis import FlopAnalyzer, complexity_analysis, get_model_compl
 from mmengine.analysis.print_helper import _format_size
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmspatialmamba.ops.flops import MULTIPLY_ADDS
 from oracles import Call
 from tool_runner import load_tool
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mmspatialmamba import SpatialMamba, flops, ops
+from mmspatialmamba import SpatialMamba, flops, fuse, ops
+from mmspatialmamba.models.block import Block
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -58,6 +61,7 @@ def test_each_op_is_counted_by_its_formula():
     tokens = N * H * W
     sequence = (ones(N, H * W, E), ones(N, H * W, E), -ones(E), ones(N, H * W, 1))
     assert count(ops.scan_states, *sequence) == {'scan_states': 4 * tokens * E}
+    assert count(ops.fusion_taps, *[ones(E, 1, 3, 3)] * 3, ones(3)) == {}
     assert count(ops.state_fusion, ones(N, H, W, E), ones(25, E)) == {'state_fusion': 25 * tokens * E}
     maps = (ones(N, H, W, E), ones(N, H, W, R), ones(N, H, W, 1), ones(N, H, W, 1))
     parameters = (ones(E, R), ones(E), -ones(E), ones(E), ones(25, E))
@@ -72,6 +76,40 @@ def test_each_op_is_counted_by_its_formula():
     assert count(ops.gated_norm, maps[0], maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
     assert count(ops.layer_norm, maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
     assert count(ops.layer_norm, maps[0]) == {'layer_norm': 4 * tokens * E}
+
+
+def test_a_fused_block_counts_what_its_layers_count():
+    x = torch.rand(2, 6, 7, 16)
+    layered, fused = (block.requires_grad_(False) for block in (Block(16, 0.0), fuse(Block(16, 0.0))))
+    parts = count(layered, x)
+    assert count(lambda x: fused(x), x) == parts  # as a function: MMEngine hooks every module that it is given
+    assert set(parts) >= {'linear', 'conv', 'layer_norm', 'scan_states'}
+
+
+def by_pytorch(block, x):
+    """Operations that PyTorch's own counter finds, forward and with backward."""
+    with FlopCounterMode(display=False) as forward:
+        out = block(x)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def test_pytorchs_own_counter_knows_the_ops():
+    """Two operations for each multiply-add of MMEngine's count but those of norms, and twice as many in backward."""
+    x = torch.rand(2, 6, 7, 16, requires_grad=True)
+    parts = count(Block(16, 0.0), x)
+    expected = 2 * (sum(parts.values()) - parts['layer_norm'])
+    assert by_pytorch(Block(16, 0.0), x) == (expected, 2 * expected)
+    assert by_pytorch(fuse(Block(16, 0.0)), x) == (expected, 2 * expected)
+
+
+@pytest.mark.parametrize('name', MULTIPLY_ADDS)
+def test_every_op_is_known_to_both_counters(name):
+    op = getattr(torch.ops.mmspatialmamba, name)
+    backward = getattr(torch.ops.mmspatialmamba, f'{name}_backward')
+    assert {op, backward} <= set(flop_registry)
+    assert f'mmspatialmamba::{name}' in flops.HANDLES
 
 
 def count_backbone(model, height, width):

@@ -54,14 +54,15 @@ def test_fused_equals_layered(training, drop_path_rate):
         assert rms_error(actual, expected, scale) < 1e-12, name  # measured at most 5e-14
 
 
-# Ten times the largest relative root mean square error of a tensor, map and gradients, of the fused block against the
-# layered one in float64; below 0.05 in any case, so that a gradient scaled by 1.05 does not pass.
+# Dtype of the model, autocast's, and the tolerance: at most ten times the largest relative root mean square error of a
+# tensor, map or gradient, against the layers in float64, which was 7.8e-16, 8.9e-7, 1.9e-2, 1.4e-2 and 2.6e-3, and
+# below 5e-2 in any case, so that a gradient scaled by 1.05 does not pass.
 PRECISIONS = {
-    'float64': (torch.float64, None, 1e-12),
-    'float32': (torch.float32, None, 1e-5),
-    'bfloat16': (torch.bfloat16, None, 4e-2),
-    'autocast bfloat16': (torch.float32, torch.bfloat16, 4e-2),
-    'autocast float16': (torch.float32, torch.float16, 4e-2),
+    'float64': (torch.float64, None, 7.8e-15),
+    'float32': (torch.float32, None, 8.9e-6),
+    'bfloat16': (torch.bfloat16, None, 4.5e-2),
+    'autocast bfloat16': (torch.float32, torch.bfloat16, 4.5e-2),
+    'autocast float16': (torch.float32, torch.float16, 2.6e-2),
 }
 
 
@@ -70,7 +71,9 @@ def test_a_fused_block_equals_the_layers_in_float64(precision):
     dtype, cast, tolerance = PRECISIONS[precision]
     torch.manual_seed(0)
     block = randomize(Block(24, 0.0))
-    x = torch.randn(4, 12, 20, 24, dtype=torch.float64)
+    # In bfloat16 alone PyTorch's LayerNorm sums the gradient of its weight over tokens in bfloat16, layer or not.
+    grid = (5, 7) if dtype == torch.bfloat16 else (12, 20)
+    x = torch.randn(2, *grid, 24, dtype=torch.float64)
     dout = torch.randn_like(x)
     block.to(dtype).double()  # both compute with weights of this dtype
     x, dout = x.to(dtype), dout.to(dtype)

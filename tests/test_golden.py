@@ -1,11 +1,11 @@
-"""The backbone against outputs and gradients that the original code computed in float64 (tests/data)."""
+"""The backbone against outputs and gradients that the original code computed in float64 (tests/data/README.md)."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.runner import load_checkpoint
-from oracles import relative_error
+from oracles import rms_error
 
 from mmspatialmamba import SpatialMamba
 from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
@@ -13,8 +13,10 @@ from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 DATA = Path(__file__).parent / 'data'
 GOLDEN = torch.load(DATA / 'official_small_outputs.pth', weights_only=True)
 CASES = [pytest.param(case, id=f'{case["mode"]}-{tuple(case["x"].shape)}') for case in GOLDEN['cases']]
-# The project's promise; measured: float64 9.4e-15 (outputs) and 2.7e-14 (gradients), float32 5.8e-6 and 1.4e-5.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Ten times the largest relative root-mean-square error of a tensor: outputs 5.3e-15 and 4.3e-6, gradients 9.6e-15 and
+# 1.4e-5 (here seven times), measured on AVX-512.
+TOLERANCES = {torch.float64: 5.3e-14, torch.float32: 4.3e-5}
+GRADIENT_TOLERANCES = {torch.float64: 9.6e-14, torch.float32: 1e-4}
 
 
 @pytest.fixture(params=TOLERANCES, ids=str)
@@ -36,7 +38,7 @@ def test_outputs(backbone, dtype, case):
     assert len(outputs) == len(case['outs']) == 4
     for actual, expected in zip(outputs, case['outs'], strict=True):
         assert actual.is_contiguous()
-        assert relative_error(actual, expected) < TOLERANCES[dtype]
+        assert rms_error(actual, expected) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize('case', [case for case in CASES if case.values[0].get('weights') is not None])
@@ -47,8 +49,8 @@ def test_gradients(backbone, dtype, case):
     loss = sum((out * weight.to(dtype)).sum() / out.numel() ** 0.5 for out, weight in terms)
     loss.backward()
     assert loss.item() == pytest.approx(case['loss'], rel=TOLERANCES[dtype])
-    assert relative_error(x.grad, case['dx']) < TOLERANCES[dtype]
+    assert rms_error(x.grad, case['dx']) < GRADIENT_TOLERANCES[dtype]
     parameters = dict(backbone.named_parameters())
     assert case['grads']
     for name, expected in case['grads'].items():
-        assert relative_error(parameters[SPATIAL_MAMBA.to_own(name)].grad, expected) < TOLERANCES[dtype], name
+        assert rms_error(parameters[SPATIAL_MAMBA.to_own(name)].grad, expected) < GRADIENT_TOLERANCES[dtype], name

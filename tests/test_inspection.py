@@ -64,6 +64,11 @@ def test_another_backbone_has_no_ssm():
         record_ssm(torch.nn.Identity(), torch.rand(1, 3, 32, 32), [(0, 0)])
 
 
+def test_a_fused_backbone_is_refused():
+    with pytest.raises(ValueError, match='expected a layered backbone, found a fused one: call'):
+        record_ssm(SpatialMamba(ARCH, fused=True), torch.rand(1, 3, 32, 32), [(0, 0)])
+
+
 def test_random_weights_depend_on_the_seed_alone(config):
     state = torch.random.get_rng_state()
     model = build_model(config, seed=1)

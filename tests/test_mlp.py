@@ -6,13 +6,21 @@ import pytest
 import torch
 from mmspatialmamba.ops import backends, mlp
 from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
-from oracles import layer_norm, mlp_arguments, relative_error, require_grad, rms_error
+from oracles import layer_norm, mlp_arguments, require_grad, rms_error
 
 OPS = torch.ops.mmspatialmamba
 PART = 2048
 """Tokens that the C++ kernel takes at a time."""
 
-TOLERANCES = {torch.float64: 1.7e-14, torch.float32: 1.1e-5, torch.bfloat16: 4e-2, torch.float16: 1.8e-2}
+# Of the result and of a gradient: at most ten times the largest relative root mean square error of a tensor measured
+# over TOKENS and CHANNELS, which was 5.8e-16, 2.8e-7, 5.9e-3, 6.3e-4 and 2.9e-15, 1.2e-6, 9.7e-3, 1.4e-3, and always
+# below 5e-2. In 16 bits norm, hidden values and products are rounded one after the other.
+TOLERANCES = {
+    torch.float64: (5.8e-15, 1.7e-14),
+    torch.float32: (2.8e-6, 1.1e-5),
+    torch.bfloat16: (4e-2, 4e-2),
+    torch.float16: (6.3e-3, 1.4e-2),
+}
 TOKENS = (1, 2, 3, 53, PART - 1, PART, PART + 1, 3 * PART + 5)
 CHANNELS = (8, 13, 40)
 NAMES = ('out', 'dx', 'dnorm_weight', 'dnorm_bias', 'dweight1', 'dbias1', 'dweight2', 'dbias2')
@@ -41,7 +49,9 @@ def errors(arguments, scale=None):
 
 
 def assert_below_tolerance(found, dtype):
-    assert max(found.values()) < TOLERANCES[dtype], found
+    tolerance, of_gradients = TOLERANCES[dtype]
+    wrong = {name: error for name, error in found.items() if error >= (tolerance if name == 'out' else of_gradients)}
+    assert wrong == {}
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
@@ -54,7 +64,7 @@ def test_op_equals_the_equation(tokens, channels, dtype):
 
 
 def test_a_gradient_scaled_by_105_percent_is_noticed():
-    assert max(TOLERANCES.values()) < 0.05
+    assert max(max(tolerances) for tolerances in TOLERANCES.values()) < 0.05
 
 
 @pytest.mark.parametrize('shape', [(3, PART - 1, 13), (5, 7, 9, 13)])
@@ -97,7 +107,7 @@ def test_without_parameters_the_gradient_of_the_input_is_the_same(serve):
         )
         assert all(gradient.numel() == 0 for gradient in others)
     (expected,) = torch.autograd.grad(mlp_equation(x, *parameters), x, dout)
-    assert rms_error(dx, expected) < TOLERANCES[torch.float64]
+    assert_below_tolerance({'dx': rms_error(dx, expected)}, torch.float64)
 
 
 def test_gradients():
@@ -166,7 +176,8 @@ def test_autocast_rounds_to_its_dtype():
     assert out.dtype == torch.float32
     gradients = torch.autograd.grad(out.sum(), (x, *others))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert relative_error(out.double(), mlp_equation(*(t.double() for t in (x, *others)))) < TOLERANCES[torch.bfloat16]
+    expected = mlp_equation(*(t.double() for t in (x, *others)))
+    assert rms_error(out, expected) < TOLERANCES[torch.bfloat16][0]
     with torch.autocast('cpu', torch.bfloat16):
         assert mlp(*(t.double() for t in (x, *others))).dtype == torch.float64
 
@@ -214,7 +225,7 @@ EXACT_ONLY = ('tanh in place of erf',)
 )
 def test_faults_are_noticed(fault, dtype):
     arguments = mlp_arguments(53, 8)
-    assert rms_error(FAULTS[fault](*arguments), mlp_equation(*arguments)) > TOLERANCES[dtype]
+    assert rms_error(FAULTS[fault](*arguments), mlp_equation(*arguments)) > TOLERANCES[dtype][0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmspatialmamba.ops import (
     depthwise_conv,
+    fusion_taps,
     gated_norm,
     layer_norm,
     mlp,
@@ -21,6 +22,7 @@ from mmspatialmamba.ops import (
 )
 from oracles import (
     conv_arguments,
+    fusion_weights,
     layer_arguments,
     mlp_arguments,
     norm_arguments,
@@ -196,6 +198,7 @@ def op_calls():
     u, *others, taps = ssm_arguments((4, 5))
     return (
         ('scan_states', scan_states, scan_inputs(7)),
+        ('fusion_taps', fusion_taps, [*fusion_weights(5)[0], fusion_weights(5)[1]]),
         ('state_fusion', state_fusion, (u, taps)),
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
         ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),

@@ -12,6 +12,7 @@ from oracles import (
     Call,
     conv_arguments,
     fusion_convolutions,
+    fusion_weights,
     norm_arguments,
     relative_error,
     scan_inputs,
@@ -22,7 +23,7 @@ from oracles import (
 )
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba, ops
+from mmspatialmamba import SpatialMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
@@ -121,6 +122,14 @@ def test_depthwise_conv_of_any_grid(options):
         arguments = conv_arguments(grid, dtype=torch.float32)
         expected = ops.depthwise_conv(*(x.double() for x in arguments), **named)
         assert relative_error(run(session, *arguments), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_fusion_taps(device):
+    """On a CPU PyTorch's functions take the op's place: the translation serves what is exported on other devices."""
+    kernels, alpha = fusion_weights(5, torch.float32)
+    session = export(ops.fusion_taps, [x.to(device) for x in (*kernels, alpha)], ())
+    assert relative_error(run(session, *kernels, alpha), ops.fusion_taps(*kernels, alpha)) < TOLERANCE
 
 
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
@@ -232,6 +241,8 @@ def test_bad_examples_raise():
         onnx_export.export_onnx(build(SMALL), images(1, 64, 64), ['a'])
     with pytest.raises(ValueError, match='evaluation mode'):
         onnx_export.export_onnx(build(SMALL).train(), images(2, 64, 64), ['a'])
+    with pytest.raises(ValueError, match='must be layered, got a fused one'):
+        onnx_export.export_onnx(fuse(build(SMALL)), images(2, 64, 64), ['a'])
 
 
 def run_tool(monkeypatch, *args):

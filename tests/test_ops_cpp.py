@@ -1,15 +1,20 @@
 """The compiled CPU kernels against the plain PyTorch reference: values, gradients, layouts, threads, every variant."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import mmspatialmamba.ops
 import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import backends
+from mmspatialmamba.ops.backends import KERNELS
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
+from mmspatialmamba.ops.library import REFERENCES
 from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
 from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
@@ -197,15 +202,23 @@ def narrower_capabilities():
     return CAPABILITIES[: CAPABILITIES.index(current)] if current in CAPABILITIES else ()
 
 
+def test_the_kernels_have_a_new_version_for_new_schemas():
+    schemas = ''.join(sorted(str(getattr(OPS, name).default._schema) for name in REFERENCES))
+    digest = hashlib.sha256(schemas.encode()).hexdigest()[:12]
+    assert (KERNELS, digest) == (2, 'PIN'), 'schemas changed: raise KERNELS in ops/backends.py, and this test with it'
+
+
 def test_the_library_is_that_of_the_capability():
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}.'
+    expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}_v{KERNELS}.'
     assert any(expected in str(library) for library in torch.ops.loaded_libraries)
 
 
 @pytest.mark.parametrize('capability', narrower_capabilities())
 def test_parity_of_every_variant(capability):
     """The variants for narrower vectors than those of this process, each in a process of its own."""
+    if not any(Path(mmspatialmamba.ops.__file__).parent.glob(f'_cpu_{capability}_v{KERNELS}.*')):
+        pytest.skip(f'the variant {capability} is not built: MMSPATIALMAMBA_CPU_VARIANTS=all builds it')
     command = (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__)
     done = subprocess.run(
         (*command, '-k', 'library or (parity and not variant and not fusion)'),

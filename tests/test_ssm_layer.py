@@ -5,11 +5,19 @@ import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import ssm_layer
 from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
-from oracles import GRIDS, layer_arguments, layer_norm, relative_error, require_grad, rms_error, scan_loop
+from oracles import GRIDS, layer_arguments, layer_norm, require_grad, rms_error, scan_loop
 
 OPS = torch.ops.mmspatialmamba
 
-TOLERANCES = {torch.float64: 6.3e-14, torch.float32: 6.6e-5, torch.bfloat16: 4e-2, torch.float16: 4e-2}
+# Of the result and of a gradient: at most ten times the largest relative root mean square error of a tensor measured
+# over GRIDS with eight channels, which was 5.2e-16, 2.2e-7, 8.0e-3, 1.0e-3 and 8.0e-15, 5.2e-6, 3.8e-2, 5.5e-3, and
+# always below 5e-2. In 16 bits the maps between the parts are rounded one after the other.
+TOLERANCES = {
+    torch.float64: (5.2e-15, 6.3e-14),
+    torch.float32: (2.2e-6, 5.2e-5),
+    torch.bfloat16: (4.5e-2, 4.8e-2),
+    torch.float16: (1.0e-2, 4.5e-2),
+}
 NAMES = (
     'out', 'dx', 'dnorm_weight', 'dnorm_bias', 'din_weight', 'dconv_weight', 'dconv_bias', 'dx_weight', 'ddt_weight',
     'ddt_bias', 'dA', 'dD', 'dtaps', 'dout_norm_weight', 'dout_norm_bias', 'dout_weight',
@@ -54,6 +62,12 @@ def errors(arguments, scale=None):
     return {name: rms_error(one, other) for name, one, other in zip(NAMES, actual, wanted, strict=True)}
 
 
+def assert_below_tolerance(found, dtype):
+    tolerance, of_gradients = TOLERANCES[dtype]
+    wrong = {name: error for name, error in found.items() if error >= (tolerance if name == 'out' else of_gradients)}
+    assert wrong == {}
+
+
 @pytest.mark.parametrize(
     ('grid', 'dtype'),
     [(grid, dtype) for grid in GRIDS for dtype in TOLERANCES if dtype.itemsize > 2 or grid[0] * grid[1] >= 20],
@@ -64,18 +78,16 @@ def test_op_equals_the_equation(grid, dtype):
     out = ssm_layer(*arguments)
     assert out.dtype == dtype
     assert out.is_contiguous()
-    found = errors(arguments)
-    assert max(found.values()) < TOLERANCES[dtype], found
+    assert_below_tolerance(errors(arguments), dtype)
 
 
 def test_a_gradient_scaled_by_105_percent_is_noticed():
-    assert max(TOLERANCES.values()) < 0.05
+    assert max(max(tolerances) for tolerances in TOLERANCES.values()) < 0.05
 
 
 def test_factor_of_each_image():
     arguments = require_grad(*layer_arguments((7, 13), 8, batch=3))
-    found = errors(arguments, torch.tensor([1.25, 0.0, 0.5], dtype=torch.float64))
-    assert max(found.values()) < TOLERANCES[torch.float64], found
+    assert_below_tolerance(errors(arguments, torch.tensor([1.25, 0.0, 0.5], dtype=torch.float64)), torch.float64)
 
 
 def test_without_parameters_the_gradient_of_the_input_is_the_same():
@@ -84,7 +96,7 @@ def test_without_parameters_the_gradient_of_the_input_is_the_same():
     dout = torch.randn_like(x)
     (dx,) = torch.autograd.grad(ssm_layer(x, *parameters), x, dout)
     (expected,) = torch.autograd.grad(layer_equation(x, *parameters), x, dout)
-    assert rms_error(dx, expected) < TOLERANCES[torch.float64]
+    assert_below_tolerance({'dx': rms_error(dx, expected)}, torch.float64)
 
 
 def test_gradients():
@@ -149,7 +161,8 @@ def test_autocast_rounds_to_its_dtype():
     with torch.autocast('cpu', torch.bfloat16):
         out = ssm_layer(*arguments)
     assert out.dtype == torch.float32
-    assert relative_error(out.double(), layer_equation(*(x.double() for x in arguments))) < TOLERANCES[torch.bfloat16]
+    expected = layer_equation(*(x.double() for x in arguments))
+    assert rms_error(out, expected) < TOLERANCES[torch.bfloat16][0]
     for gradient in torch.autograd.grad(out.sum(), arguments):
         assert gradient.dtype == torch.float32
         assert gradient.isfinite().all()
@@ -184,7 +197,7 @@ FAULTS = {
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_are_noticed(fault, dtype):
     arguments = layer_arguments((7, 13), 8)
-    assert rms_error(FAULTS[fault](*arguments), layer_equation(*arguments)) > TOLERANCES[dtype]
+    assert rms_error(FAULTS[fault](*arguments), layer_equation(*arguments)) > TOLERANCES[dtype][0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
+from mmspatialmamba.ops.fusion_taps import triton_kernels as triton_taps
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
@@ -34,6 +35,7 @@ KERNELS = {
     ),
     triton_conv: ('conv_kernel', 'conv_parameters_kernel', 'conv_adjoint_kernel'),
     triton_gated_norm: ('gated_norm_kernel', 'gated_norm_backward_kernel'),
+    triton_taps: ('taps_kernel', 'taps_backward_kernel'),
     triton_layer_norm: ('layer_norm_kernel', 'layer_norm_backward_kernel'),
     triton_fusion: ('fusion_kernel', 'taps_gradient_kernel', 'adjoint_kernel', 'adjoint_border_kernel'),
 }
@@ -96,6 +98,10 @@ def recorded_launches():
         IMPLEMENTATIONS['gated_norm'][0](y, z, empty(E), empty(E), 1e-5)
         for with_out in (False, True):
             IMPLEMENTATIONS['gated_norm_backward'][0](y, y, z, empty(E), empty(E), 1e-5, with_out)
+    for dtype in POINTERS:
+        kernels = [empty(128, 1, 3, 3, dtype=dtype)] * 3
+        taps = IMPLEMENTATIONS['fusion_taps'][0](*kernels, empty(3, dtype=dtype))
+        IMPLEMENTATIONS['fusion_taps_backward'][0](taps, *kernels, empty(3, dtype=dtype))
     for dtype, out_dtype, tokens, d in (
         (torch.float32, torch.float32, 64000, 64),
         (torch.bfloat16, torch.bfloat16, 64000, 64),

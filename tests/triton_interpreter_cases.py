@@ -17,18 +17,29 @@ import torch
 import triton
 import triton.language as tl
 from mmspatialmamba.ops.depthwise_conv import triton_kernels as triton_conv
+from mmspatialmamba.ops.fusion_taps import triton_kernels as triton_taps
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
-from oracles import SEQUENCE_LENGTHS, conv_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import (
+    SEQUENCE_LENGTHS,
+    conv_arguments,
+    fusion_weights,
+    norm_arguments,
+    relative_error,
+    scan_inputs,
+    ssm_arguments,
+)
 from triton.runtime import interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = {
     'depthwise_conv': ('y',),
     'depthwise_conv_backward': ('dx', 'dparameters'),
+    'fusion_taps': ('taps',),
+    'fusion_taps_backward': ('ddwconv_d1', 'ddwconv_d3', 'ddwconv_d5', 'dalpha'),
     'gated_norm': ('out',),
     'gated_norm_backward': ('dy', 'dz', 'dparameters', 'out'),
     'layer_norm': ('out', 'mean', 'inverse'),
@@ -366,6 +377,13 @@ def scan_cases():
             strict=True,
         )
     )
+    # One step of each chunk ends all memory. A factor from the difference of two sums of steps would lose the others.
+    for strong in (1e4, 1e6):
+        u, delta, A, B = scan_arguments(53, 20, torch.float32)
+        delta.fill_(0.02)
+        delta[:, 5::16] = strong
+        record('selective_scan', noise(u), u, delta, A, B)
+
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
     checks['scan: a carry lost at a chunk border is seen'] = compare('scan_states', *arguments)['h'] > 1e-2
@@ -374,6 +392,30 @@ def scan_cases():
     checks['scan: an adjoint carry lost at a chunk border is seen'] = min(lost.values()) > 1e-3
     triton_scan.Scan._starts = starts
     offset_cases()
+
+
+def taps_cases():
+    triton_taps.BLOCK_E = 16
+    for channels, dtype in ((1, torch.float32), (5, torch.float32), (16, torch.float32), (37, torch.float32)):
+        record_taps(*fusion_weights(channels, dtype))
+    for dtype in (torch.bfloat16, torch.float16):
+        record_taps(*fusion_weights(37, dtype))
+    kernels, alpha = fusion_weights(20, torch.float32)
+    record_taps([torch.stack((kernel, kernel), -1)[..., 0] for kernel in kernels], alpha.repeat_interleave(2)[::2])
+    load_tap = triton_taps._load_tap
+    triton_taps._load_tap = _load_tap_transposed
+    checks['taps: transposed kernels are seen'] = compare('fusion_taps', *kernels, alpha)['taps'] > 1e-2
+    triton_taps._load_tap = load_tap
+
+
+def record_taps(kernels, alpha):
+    gradient = noise(torch.empty(25, len(kernels[0]), dtype=alpha.dtype))
+    record('fusion_taps', gradient, *kernels, alpha)
+
+
+@triton.jit
+def _load_tap_transposed(kernels, e, E, j: tl.constexpr, k: tl.constexpr):
+    return tl.load(kernels[j] + e * 9 + k % 3 * 3 + k // 3, mask=e < E, other=0.0).to(tl.float32)
 
 
 def fusion_cases():
@@ -415,16 +457,40 @@ def fusion_cases():
 
 
 @triton.jit
-def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE):
+def _load_zero(h_ptr, n, y, x, e, inside, H, W, E, WIDE, BY_ROW):
     mask = ((y >= 0) & (y < H) & (x >= 0) & (x < W))[:, None] & inside[None, :]
     return triton_fusion._load(h_ptr, (n * H + y) * W, x, e, mask, E, WIDE)
 
 
+@triton.jit
+def _softplus_kernel(x_ptr, step_ptr, slope_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step = triton_scan._softplus(tl.load(x_ptr + i))
+    tl.store(step_ptr + i, step)
+    tl.store(slope_ptr + i, triton_scan._softplus_slope(step))
+
+
+def softplus_cases():
+    """Asks for the relative error of the step size and of its derivative, from 1e-37 to 88."""
+    x = torch.cat((torch.linspace(-85, 88, 2**16), torch.linspace(-2, 2, 2**16)))
+    step, slope = torch.empty_like(x), torch.empty_like(x)
+    _softplus_kernel[(16,)](x, step, slope, BLOCK=2**13)
+    exact = torch.nn.functional.softplus(x.double(), threshold=200)
+    exact = torch.where(x < -20, torch.log1p(torch.exp(x.double())), exact)
+    checks['ssm: relative error of the step size'] = bool(((step / exact - 1).abs() < (3 + x.abs()) * 1.2e-7).all())
+    wanted = -torch.expm1(-step.double())
+    checks["ssm: relative error of softplus's derivative"] = bool(((slope / wanted - 1).abs() < 3e-7).all())
+
+
 def ssm_cases():
+    softplus_cases()
     for batch, grid, channels, rank, dtype in (
         (1, (1, 1), 5, 1, torch.float32),
         (1, (4, 9), 20, 3, torch.float32),
-        (2, (3, 6), 5, 17, torch.float32),
+        (2, (3, 6), 5, 15, torch.float32),
+        (2, (3, 6), 5, 16, torch.float32),
+        (2, (5, 7), 37, 64, torch.float32),
+        (1, (4, 5), 5, 17, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.bfloat16),
         (1, (4, 5), 5, 2, torch.float16),
     ):
@@ -604,7 +670,7 @@ if __name__ == '__main__':
     assert torch.empty(1).isnan(), 'torch.empty is not poisoned: outputs that nobody writes would go unnoticed'
     torch.set_num_threads(1)
     groups = {
-        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'scan': scan_cases,
+        'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'taps': taps_cases, 'scan': scan_cases,
         'fusion': fusion_cases, 'ssm': ssm_cases,
     }  # fmt: skip
     groups[sys.argv[1]]()

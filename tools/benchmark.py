@@ -206,10 +206,10 @@ def check_parity(name: str, op: Callable, arguments: tuple) -> None:
             )
 
 
-def build_spatial_mamba(arch: str) -> torch.nn.Module:
+def build_spatial_mamba(arch: str, fused: bool = False) -> torch.nn.Module:
     from mmspatialmamba import SpatialMamba
 
-    return SpatialMamba(arch)
+    return SpatialMamba(arch, fused=fused)
 
 
 def build_peer(label: str, size: tuple[int, int]) -> torch.nn.Module:
@@ -264,6 +264,7 @@ class LastMap(torch.nn.Module):
 
 MODELS: dict[str, Callable[[tuple[int, int]], torch.nn.Module]] = {
     'spatial_mamba_t': lambda size: build_spatial_mamba('tiny'),
+    'spatial_mamba_t_fused': lambda size: build_spatial_mamba('tiny', fused=True),
     'spatial_mamba_s': lambda size: build_spatial_mamba('small'),
     'spatial_mamba_b': lambda size: build_spatial_mamba('base'),
     'swin_t': lambda size: build_peer('swin_t', size),

@@ -79,7 +79,7 @@ PAGE = """<!DOCTYPE html>
 body { font: 15px/1.5 sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { border: 1px solid #ccc; padding: 0.25em 0.7em; text-align: right; }
-th:first-child, td:first-child, .text td { text-align: left; vertical-align: top; }
+th:first-child, td:first-child, .text th, .text td { text-align: left; vertical-align: top; }
 .error { color: #b00020; } .warning { color: #a65f00; } .note { color: #345; }
 figure { margin: 1.5em 0; display: grid; grid-template-columns: 1fr 1fr; gap: 0.5em 1em; }
 figcaption { grid-column: 1 / 3; overflow-wrap: anywhere; }

@@ -22,12 +22,14 @@ What training stores beside the weights is left out, except the meta data of a w
 import argparse
 import hashlib
 import io
+import json
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mmspatialmamba.checkpoint import CheckpointError, get_weights, read_local, unwrap
@@ -207,14 +209,46 @@ def convert(
     return {**meta, key: weights}
 
 
+def to_pickle(checkpoint: dict) -> bytes:
+    """Returns the content of a ``.pth`` file."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+def to_safetensors(checkpoint: dict) -> bytes:
+    """Returns the content of a ``.safetensors`` file, which holds the meta data as JSON.
+
+    Raises:
+        ConversionError: The checkpoint holds what such a file cannot.
+    """
+    try:
+        from safetensors.torch import save as serialize
+    except ModuleNotFoundError as error:
+        raise ConversionError(f'expected the package safetensors, which writes such files: {error}') from error
+
+    def plain(value: object) -> object:
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        if isinstance(value, Path):
+            return str(value)
+        raise ConversionError(f'expected meta data that JSON can hold, found a {type(value).__name__}: write .pth')
+
+    weights = get_weights(checkpoint)
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(f'expected tensors only, found a {type(value).__name__} as {name}: write .pth')
+    # One entry alone: their order in the file is not fixed.
+    notes = {'meta': json.dumps(checkpoint['meta'], default=plain)} if 'meta' in checkpoint else {'format': 'pt'}
+    return serialize({name: value.clone().contiguous() for name, value in weights.items()}, notes)
+
+
 def save(checkpoint: dict, target: Path) -> Path:
     """Writes a checkpoint to ``target`` with the first eight digits of the file's SHA-256 added to its name.
 
     Equal contents give equal files: nothing of the name or the date goes into them.
     """
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    content = buffer.getbuffer()
+    content = to_safetensors(checkpoint) if target.suffix == '.safetensors' else to_pickle(checkpoint)
     path = target.with_name(f'{target.stem}-{hashlib.sha256(content).hexdigest()[:8]}{target.suffix}')
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + '.partial')
@@ -226,25 +260,25 @@ def save(checkpoint: dict, target: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', help='checkpoint to read')
-    parser.add_argument('target', type=Path, help='checkpoint to write, .pth; the hash is added to its name')
+    parser.add_argument('target', type=Path, help='file to write, .pth or .safetensors; the hash is added to its name')
     parser.add_argument('--names', choices=('own', 'official'), default='own', help='names to write (default own)')
     parser.add_argument('--weights', choices=('ema', 'trained'), help='which weights; by default those that load')
     parser.add_argument('--backbone', action='store_true', help='write the backbone alone')
     parser.add_argument('--in-channels', type=int, metavar='N', help='number of image channels to write')
     parser.add_argument('--bgr', action='store_true', help='reverse the order of the first three image channels')
     args = parser.parse_args()
-    if args.target.suffix != '.pth':
-        parser.error(f'argument target: expected a name that ends in .pth, got {args.target}')
+    if args.target.suffix not in ('.pth', '.safetensors'):
+        parser.error(f'argument target: expected a name that ends in .pth or .safetensors, got {args.target}')
     if args.in_channels is not None and args.in_channels < 1:
         parser.error(f'argument --in-channels: expected at least 1, got {args.in_channels}')
     try:
         source = read_local(args.source, map_location='cpu')
         result = convert(source, args.names, args.weights, args.backbone, args.in_channels, args.bgr)
+        path = save(result, args.target)
     except ConversionError as error:
         sys.exit(f'{args.source}: {error}')
     except (FileNotFoundError, CheckpointError) as error:
         sys.exit(str(error))
-    path = save(result, args.target)
     print(f'wrote {path}: {len(get_weights(result))} tensors under {args.names} names')
 
 

@@ -24,6 +24,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement, InstanceData
 from mmspatialmamba.ops.flops import PARTS
 
+from mmspatialmamba import unfuse
 from mmspatialmamba.flops import HANDLES
 
 PUBLISHED_SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 2048), 'mmpretrain': (224, 224)}
@@ -87,6 +88,7 @@ def analyze(model: torch.nn.Module, in_channels: int, height: int, width: int) -
         decode_head.forward = partial(decode_head.forward, batch_data_samples=samples)
     model.forward = partial(model.forward, data_samples=samples, mode='tensor')
 
+    unfuse(model)  # MMEngine hooks every layer
     analyzer = FlopAnalyzer(model, (torch.rand(1, in_channels, height, width),)).set_op_handle(**HANDLES)
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
     with torch.no_grad():

@@ -248,6 +248,13 @@ def _check_images(images: list[dict], findings: Findings) -> None:
             f'{image["width"]!r} x {image["height"]!r} of {image["file_name"]!r}',
             'write width and height of the image file, in pixels',
         )
+    odd = [image['file_name'] for image in images if not isinstance(image['file_name'], str) or not image['file_name']]
+    if odd:
+        findings.add(
+            ERROR,
+            f'file_name of {len(odd)} of {len(images)} images is no text, such as {odd[0]!r}',
+            'write the name of the image file, from the folder of data_prefix on',
+        )
     names = Counter(str(image['file_name']) for image in images)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:

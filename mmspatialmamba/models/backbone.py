@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint import Source
 from ..checkpoint_names import NameTable
 from ..load_report import fit_state_dict
+from ..ops.compat import OutOfMemoryError
 
 
 class Stage(nn.Module):
@@ -281,7 +282,7 @@ class Backbone(BaseModule):
         try:
             return self._compute_maps(x)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
+            if isinstance(error, OutOfMemoryError) or 'DefaultCPUAllocator' in str(error):
                 print_log(
                     f'{self._name}: out of memory for an image batch {tuple(x.shape)}. Lower the batch size or the '
                     'size of the images, set with_cp=True on the backbone, or train with --amp.',

@@ -4,13 +4,14 @@
 // lanes exist in memory; the others read as zero and are never written.
 #pragma once
 
+#include "compat.h"
+
 #include <ATen/OpMathType.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace mmspatialmamba {
 
@@ -19,6 +20,25 @@ using Vec = at::vec::Vectorized<acc_t>;
 
 template <typename acc_t>
 constexpr int64_t LANES = Vec<acc_t>::size();
+
+template <typename Work, int... indices>
+[[gnu::always_inline]] inline void unroll(const Work& work, std::integer_sequence<int, indices...>) {
+  (work(std::integral_constant<int, indices>{}), ...);
+}
+
+/// Calls `work(index)` for 0 to N - 1, each a compile-time constant.
+template <int N, typename Work>
+[[gnu::always_inline]] inline void unroll(const Work& work) {
+  unroll(work, std::make_integer_sequence<int, N>{});
+}
+
+inline void load_full(const at::BFloat16* data, Vec<float>& value) {
+  at::vec::load_fp32_from_bf16(data, value);
+}
+
+inline void load_full(const at::Half* data, Vec<float>& value) {
+  at::vec::load_fp32_from_fp16(data, value);
+}
 
 /// Reads `count` values as the accumulation type of their type.
 template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
@@ -33,7 +53,7 @@ inline Vec<acc_t> load(const scalar_t* data, int64_t count) {
       data = full;
     }
     Vec<acc_t> value;
-    at::vec::load_to_float<scalar_t>(data, value);
+    load_full(data, value);
     return value;
   }
 }
@@ -41,7 +61,11 @@ inline Vec<acc_t> load(const scalar_t* data, int64_t count) {
 /// Writes the first `count` lanes, rounded to the type of `data`.
 template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
 inline void store(scalar_t* data, const Vec<acc_t>& value, int64_t count) {
-  at::vec::convert<scalar_t>(value).store(data, static_cast<int>(count));
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    value.store(data, static_cast<int>(count));
+  } else {
+    rounded<scalar_t>(value).store(data, static_cast<int>(count));
+  }
 }
 
 /// Tokens that a loop asks for ahead of their use. The channels of a block lie one cache line a token, E apart, which

@@ -335,7 +335,7 @@ std::array<int64_t, 4> output_sizes(const at::Tensor& x, int64_t stride) {
 }
 
 void check_inputs(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t stride,
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
     bool residual) {
   check_dim("x", x, 4);
   const auto acc = at::toOpMathType(x.scalar_type());
@@ -368,7 +368,7 @@ struct ConvInputs {
   ConvProblem<scalar_t> problem;
 
   ConvInputs(
-      const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_, int64_t stride,
+      const at::Tensor& x_, const at::Tensor& weight_, const OptionalTensor& bias_, int64_t stride,
       c10::string_view activation, bool relu_input, bool residual)
       : x(channels_together(x_)) {
     const int64_t E = x.size(3);
@@ -393,7 +393,7 @@ void with_stride(int64_t stride, const Work& work) {
 }
 
 at::Tensor depthwise_conv(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t stride,
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
     c10::string_view activation, bool relu_input, bool residual) {
   check_inputs(x, weight, bias, stride, residual);
   at::Tensor y = at::empty(output_sizes(x, stride), x.options());
@@ -414,7 +414,7 @@ at::Tensor depthwise_conv(
 
 /// Returns dx, and the gradients of weight and bias one after the other.
 std::tuple<at::Tensor, at::Tensor> depthwise_conv_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
     int64_t stride, c10::string_view activation, bool relu_input, bool residual) {
   check_inputs(x, weight, bias, stride, residual);
   check_tensor("dy", dy, output_sizes(x, stride), x.scalar_type());

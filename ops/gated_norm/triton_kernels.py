@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import register, uniform_tokens
+from ..triton_backend import launch, register, uniform_tokens
 from .reference import gated_norm_backward_reference, gated_norm_reference
 
 BLOCK_VALUES = 2048
@@ -48,7 +48,7 @@ def _normalize(y, inside, E, eps):
     return tl.where(inside, centred * inverse, 0.0), inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'L'])
 def gated_norm_kernel(
     y_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, tokens, L, E, stride_zn, stride_zt, eps,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -67,7 +67,7 @@ def gated_norm_kernel(
     _store_map(out_ptr, (norm * weight + bias) * z * tl.sigmoid(z), t, e, inside, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tokens', 'L'], do_not_specialize_on_alignment=['tiles'])
 def gated_norm_backward_kernel(
     dout_ptr, y_ptr, z_ptr, weight_ptr, bias_ptr, dy_ptr, dz_ptr, out_ptr, sums_ptr,
     tokens, L, E, tiles, stride_zn, stride_zt, eps,
@@ -121,9 +121,10 @@ def gated_norm(y, z, weight, bias, eps) -> torch.Tensor:
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     tiles, constants = _launch(y)
     N, L, E = z.shape
-    gated_norm_kernel[(tiles,)](
-        y, z, weight.contiguous(), bias.contiguous(), out, N * L, L, E, z.stride(0), z.stride(1), eps, **constants
-    )
+    launch(
+        gated_norm_kernel, tiles, y, z, weight.contiguous(), bias.contiguous(), out, N * L, L, E, z.stride(0),
+        z.stride(1), eps, **constants,
+    )  # fmt: skip
     return out
 
 
@@ -137,9 +138,9 @@ def gated_norm_backward(dout, y, z, weight, bias, eps, with_out=False) -> tuple[
     blocks = triton.cdiv(all_tiles, tiles)
     N, L, E = z.shape
     sums = torch.empty(blocks, 2, E, dtype=torch.float32, device=y.device)
-    gated_norm_backward_kernel[(blocks,)](
-        dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, sums, N * L, L, E, tiles,
-        z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
+    launch(
+        gated_norm_backward_kernel, blocks, dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, sums,
+        N * L, L, E, tiles, z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
     )  # fmt: skip
     return dy, dz, sums.sum(0), out
 

@@ -115,7 +115,7 @@ def _statistics(x: torch.Tensor) -> list[torch.Tensor]:
 def _fake_backward(dout, x, norm_weight, norm_bias, eps, weight1, weight2, scale, kept, parameters):
     shapes = [norm_weight.shape, norm_bias.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1]]
     likes = (norm_weight, norm_bias, *[weight1] * 4)
-    gradients = [like.new_empty(shape if parameters else 0) for like, shape in zip(likes, shapes, strict=True)]
+    gradients = [like.new_empty(shape if parameters else 0) for like, shape in zip(likes, shapes)]
     return x.new_empty(x.shape), *gradients
 
 

@@ -134,7 +134,7 @@ Norm layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor&
 
 void check_inputs(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight1,
-    const at::Tensor& weight2, const std::optional<at::Tensor>& scale) {
+    const at::Tensor& weight2, const OptionalTensor& scale) {
   check_dim("x", x, 2);
   check_dim("weight1", weight1, 2);
   const int64_t d = x.size(1), F = weight1.size(0);
@@ -151,7 +151,7 @@ void check_inputs(
 std::tuple<at::Tensor, std::vector<at::Tensor>> mlp(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
     const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
-    const std::optional<at::Tensor>& scale, bool keep) {
+    const OptionalTensor& scale, bool keep) {
   check_inputs(x, norm_weight, norm_bias, weight1, weight2, scale);
   const int64_t tokens = x.size(0), d = x.size(1), F = weight1.size(0);
   check_tensor("bias1", bias1, {F}, weight1.scalar_type());
@@ -184,8 +184,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> mlp(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlp_backward(
     const at::Tensor& dout, const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, double eps,
-    const at::Tensor& weight1, const at::Tensor& weight2, const std::optional<at::Tensor>& scale,
-    at::TensorList kept, bool parameters) {
+    const at::Tensor& weight1, const at::Tensor& weight2, const OptionalTensor& scale, at::TensorList kept,
+    bool parameters) {
   check_inputs(x, norm_weight, norm_bias, weight1, weight2, scale);
   const auto dtype = weight1.scalar_type(), acc = at::toOpMathType(dtype);
   const auto acc_options = weight1.options().dtype(acc);

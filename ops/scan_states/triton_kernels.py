@@ -37,7 +37,7 @@ COMBINE_BLOCK = (256, 8)
 """Chunks that the combining kernel takes at a time, and its channels."""
 DOT_RANK = 16
 """Rank from which the step size is a matrix product on tensor cores: 16 is the smallest they take."""
-DOT_BLOCK = (64, 64)
+DOT_BLOCK = (32, 64)
 """Tokens and channels of a tile of such a product."""
 DOT_PROGRAMS = 1024
 """Programs that are enough for its backward; beyond, each takes several tiles of tokens: partial sums stay few."""

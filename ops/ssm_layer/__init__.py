@@ -69,10 +69,11 @@ def ssm_layer(
 
     Note:
         Autocast: as in linear layers the three products run in autocast's dtype where it is on, else in that of ``x``,
-        and so do the maps between them; inside, each op computes as its own note says. Backward keeps x, u and z
-        before and u after the convolution, and y; both norms are computed again, which layer by layer would be kept.
-        Where no parameter requires a gradient, backward computes that of ``x`` alone. Two runs give the same bits on
-        the CPU; on other devices PyTorch's own products and norms decide. No double backward.
+        and so do the maps between them; inside, each op computes as its own note says, and the first norm is PyTorch's,
+        whose CPU kernel sums the gradient of its weight in the dtype of ``x``. Backward keeps x, u and z before and u
+        after the convolution, and y; both norms are computed again, which layer by layer would be kept. Where no
+        parameter requires a gradient, backward computes that of ``x`` alone. Two runs give the same bits on the CPU;
+        on other devices PyTorch's own products and norms decide. No double backward.
 
         Source: arXiv 2410.15091, structure-aware state space model.
     """

@@ -5,7 +5,7 @@ import torch
 from ..checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from ..library import accumulation_dtype, define, refuse_double_backward, register_autograd
 from .reference import state_fusion_backward_reference, state_fusion_reference
-from .taps import TAP_OFFSETS, fusion_taps
+from .taps import TAP_OFFSETS
 
 
 def state_fusion(h: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
@@ -62,4 +62,4 @@ define(
 register_autograd('state_fusion', _backward, _setup_context)
 refuse_double_backward('state_fusion_backward')
 
-__all__ = ['TAP_OFFSETS', 'fusion_taps', 'state_fusion']
+__all__ = ['TAP_OFFSETS', 'state_fusion']

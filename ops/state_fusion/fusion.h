@@ -3,8 +3,6 @@
 
 #include "../csrc/blocks.h"
 
-#include <c10/util/Unroll.h>
-
 #include <array>
 
 namespace mmspatialmamba {
@@ -127,7 +125,7 @@ inline void fuse_tile(const FusionRows<acc_t>& rows, const TapVectors<acc_t>& ta
   for (int i = 0; i < T; ++i) {
     g[i] = Vec<acc_t>(0);
   }
-  c10::ForcedUnroll<TAPS>{}([&](auto k) {
+  unroll<TAPS>([&](auto k) {
     constexpr Tap tap = TAP_TABLE[k];
     const acc_t* row = rows[CENTRE_ROW + direction * tap.row] + (column + direction * tap.column) * LANES<acc_t>;
     for (int i = 0; i < T; ++i) {
@@ -226,7 +224,7 @@ inline void correlate_tile(
     dg[i] = gradient(column + i);
     g[i] = Vec<acc_t>(0);
   }
-  c10::ForcedUnroll<TAPS>{}([&](auto k) {
+  unroll<TAPS>([&](auto k) {
     constexpr Tap tap = TAP_TABLE[k];
     const acc_t* row = rows[CENTRE_ROW + tap.row] + (column + tap.column) * LANES<acc_t>;
     Vec<acc_t> sum = sums[k];

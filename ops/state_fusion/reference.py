@@ -9,7 +9,7 @@ def state_fusion_reference(h: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Computes `state_fusion` with plain PyTorch: 25 shifted, weighted sums."""
     padded = _pad_replicate(h.to(taps.dtype))
     g = torch.zeros_like(h, dtype=taps.dtype, memory_format=torch.contiguous_format)
-    for tap, offset in zip(taps, TAP_OFFSETS, strict=True):
+    for tap, offset in zip(taps, TAP_OFFSETS):
         g.addcmul_(_shifted(padded, offset, h), tap)
     return g.to(h.dtype)
 

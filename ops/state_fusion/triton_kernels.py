@@ -8,12 +8,13 @@ machine too: it halves the code and the time to compile it, and no load moves to
 registers. All others are unrolled, and the taps' indices are constants.
 
 Of the instructions, those that compute are to be the most: a load that cannot be outside has no mask, and offsets
-inside of a row have 32 bits unless a row is too long (WIDE).
+inside of an image have 32 bits unless it is too large (WIDE).
 
 Backward writes the gradient of the fused states once in float32, where the taps' gradient needs it anyway: its adjoint
 reads it for 25 outputs.
 
-All arithmetic is float32. No atomics: partial sums are added in a fixed order afterwards. Offsets of rows are 64-bit.
+All arithmetic is float32. No atomics: partial sums are added in a fixed order afterwards. Offsets between images are
+64-bit.
 The block sizes were chosen from what the compiler reports: none is measured on a GPU yet.
 """
 
@@ -34,7 +35,7 @@ BLOCK_W = (16, 32)
 BLOCK_P = 16
 """Border pixels of a program."""
 VALUES = 8
-"""Values of one row that a thread computes."""
+"""Values of one row that a thread computes, if no block is partly empty: masks take registers too."""
 
 _REACH = RADIUS + BLOCK_H - 1
 _INDICES = {offset: k for k, offset in enumerate(TAP_OFFSETS)}
@@ -56,10 +57,9 @@ def _locate(H, W, E, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.c
     blocks = tl.cdiv(E, BLOCK_E)
     across = tl.cdiv(W, BLOCK_W)
     down = tl.cdiv(H, BLOCK_H)
-    block = pid % blocks
-    x0 = pid // blocks % across * BLOCK_W
-    y0 = pid // (blocks * across) % down * BLOCK_H
-    n = (pid // (blocks * across) // down).to(tl.int64)
+    block, pid = pid % blocks, pid // blocks
+    x0, pid = pid % across * BLOCK_W, pid // across
+    y0, n = pid % down * BLOCK_H, (pid // down).to(tl.int64)
     return n, y0, x0 + tl.arange(0, BLOCK_W), block, block * BLOCK_E + tl.arange(0, BLOCK_E)
 
 
@@ -101,11 +101,20 @@ def _load_tokens(ptr, n, token, inside, stride_n, stride_t):
 
 
 @triton.jit
-def _load_clamped(h_ptr, n, y, x, e, inside, H, W, E, WIDE: tl.constexpr):
-    """Loads states as float32, from the border where an index is outside the grid."""
+def _load_clamped(h_ptr, n, y, x, e, inside, H, W, E, WIDE: tl.constexpr, BY_ROW: tl.constexpr):
+    """Loads states as float32, from the border where an index is outside the grid.
+
+    The start of a row as a pointer of its own (BY_ROW) saves an addition for each load and takes registers.
+    """
     y = tl.minimum(tl.maximum(y, 0), H - 1)
     x = tl.minimum(tl.maximum(x, 0), W - 1)
-    return _load(h_ptr, (n * H + y) * W, x, e, inside[None, :], E, WIDE)
+    if BY_ROW:
+        h = _load(h_ptr, (n * H + y) * W, x, e, inside[None, :], E, WIDE)
+    else:
+        row = y.to(tl.int64) * W * E if WIDE else y * W * E
+        _, columns = _at(0, x, e, E, WIDE)
+        h = tl.load(h_ptr + n * H * W * E + (row + columns), mask=inside[None, :], other=0.0).to(tl.float32)
+    return h
 
 
 @triton.jit
@@ -162,7 +171,7 @@ def fusion_kernel(
             for side in range(1 if away == 0 else 2):
                 column = x + (2 * side - 1) * away
                 for row in tl.static_range(-R, BLOCK_H + R):
-                    h = _load_clamped(h_ptr, n, y0 + row, column, e, inside, H, W, E, WIDE)
+                    h = _load_clamped(h_ptr, n, y0 + row, column, e, inside, H, W, E, WIDE, True)
                     g = _add_taps(g, h, taps_ptr, e, inside, E, row, away, side, 1)
     for i in tl.static_range(BLOCK_H):
         y = y0 + i
@@ -214,7 +223,7 @@ def taps_gradient_kernel(
                 column = x + (2 * side - 1) * away
                 sums = _zeros(2 * R + 1, BLOCK_W, BLOCK_E)
                 for row in tl.static_range(-R, BLOCK_H + R):
-                    h = _load_clamped(h_ptr, n, y0 + row, column, e, inside, H, W, E, WIDE)
+                    h = _load_clamped(h_ptr, n, y0 + row, column, e, inside, H, W, E, WIDE, False)
                     updated = ()
                     for down in tl.static_range(-R, R + 1):
                         if row - down >= 0 and row - down < BLOCK_H:
@@ -317,14 +326,15 @@ def _blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
     N, H, W, E = shape
     columns = min(reversed(BLOCK_W), key=lambda block: triton.cdiv(W, block) * block)
     programs = N * triton.cdiv(H, BLOCK_H) * triton.cdiv(W, columns) * triton.cdiv(E, BLOCK_E)
+    even = E % BLOCK_E == 0
     return programs, {
-        'EVEN': E % BLOCK_E == 0,
-        'WIDE': (W + BLOCK_W[-1] + RADIUS) * E >= 2**31,
+        'EVEN': even,
+        'WIDE': H * (W + BLOCK_W[-1]) * E >= 2**31,
         'BLOCK_H': BLOCK_H,
         'BLOCK_W': columns,
         'BLOCK_E': BLOCK_E,
         'num_stages': 1,
-        'num_warps': max(1, columns * BLOCK_E // (32 * VALUES)),
+        'num_warps': max(1, columns * BLOCK_E // (32 * VALUES)) * (1 if even else 2),
     }
 
 
@@ -380,7 +390,7 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     launch(adjoint_kernel, programs, dg, taps, dh, H, W, E, **constants)
     launch(
         adjoint_border_kernel, N * 4 * triton.cdiv(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
-        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_warps=4,
+        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_warps=4 if constants['EVEN'] else 8,
     )  # fmt: skip
     return dh, dtaps.sum(0), dC.sum(0) if observed else None
 

@@ -70,7 +70,7 @@ def structure_aware_ssm(
     parameters = (dt_weight, dt_bias, A, D, taps)
     names = ('dt_weight', 'dt_bias', 'A', 'D', 'taps')
     shapes = ((E, R), (E,), (E,), (E,), (len(TAP_OFFSETS), E))
-    for name, parameter, shape in zip(names, parameters, shapes, strict=True):
+    for name, parameter, shape in zip(names, parameters, shapes):
         check_parameter(op, name, parameter, shape, u)
     refuse_forward_mode(op, u, dt, B, C, *parameters)
     acc = accumulation_dtype(u.dtype)
