@@ -49,14 +49,12 @@ define(
     'fusion_taps(Tensor dwconv_d1, Tensor dwconv_d3, Tensor dwconv_d5, Tensor alpha) -> Tensor',
     fusion_taps_reference,
     lambda dwconv_d1, *others: dwconv_d1.new_empty(len(TAP_OFFSETS), len(dwconv_d1)),
-    slow=False,
 )
 define(
     'fusion_taps_backward(Tensor dtaps, Tensor dwconv_d1, Tensor dwconv_d3, Tensor dwconv_d5, Tensor alpha)'
     ' -> (Tensor ddwconv_d1, Tensor ddwconv_d3, Tensor ddwconv_d5, Tensor dalpha)',
     fusion_taps_backward_reference,
     lambda dtaps, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs),
-    slow=False,
 )
 register_autograd('fusion_taps', _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 refuse_double_backward('fusion_taps_backward')
