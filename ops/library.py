@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from . import compat
+from .checks import Shapes
 
 NAMESPACE = 'mmspatialmamba'
 LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
@@ -18,7 +19,9 @@ SLOW_REFERENCE_TOKENS = 16384
 """Number of tokens a sequence from which the reference warns that it is slow."""
 
 REFERENCES: dict[str, Callable] = {}
-"""For each op the kernel of last resort."""
+"""For each op the kernel of last resort, which checks its arguments."""
+SHAPES: dict[str, Shapes] = {}
+"""For each op the shapes of its tensors."""
 
 _warned_devices: set[str] = set()
 
@@ -33,11 +36,12 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float64 else compat.autocast_dtype(x.device.type) or x.dtype
 
 
-def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
+def define(schema: str, shapes: str, reference: Callable, fake: Callable, slow: bool = True) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
 
     Args:
         schema: The op's schema, without namespace. Its first argument is a channels-last map or sequence.
+        shapes: The shape of each tensor of the schema, as `Shapes` reads them.
         reference: Computes the op with plain PyTorch, below autograd.
         fake: Computes the outputs' shapes and dtypes only.
         slow: Whether the reference is so slow on long sequences that it warns.
@@ -45,6 +49,7 @@ def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) 
     name = schema.partition('(')[0]
 
     def kernel(*args):
+        check_call(name, *args)
         if slow:
             _warn_if_slow(name, args[0])
         device = args[0].device.type
@@ -54,10 +59,21 @@ def define(schema: str, reference: Callable, fake: Callable, slow: bool = True) 
         with torch.autocast(device, enabled=False):
             return reference(*args)
 
+    def checked_fake(*args):
+        SHAPES[name].check_devices(args)
+        return fake(*args)
+
     LIBRARY.define(schema)
+    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    SHAPES[name] = Shapes(f'{NAMESPACE}::{name}', [argument.name for argument in arguments], shapes)
     REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
-    compat.register_fake(LIBRARY, name, fake)
+    compat.register_fake(LIBRARY, name, checked_fake)
+
+
+def check_call(name: str, *args: object) -> None:
+    """Raises unless an op's tensors have shapes that fit together and one device: anyone can call it by torch.ops."""
+    SHAPES[name].check(args)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

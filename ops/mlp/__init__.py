@@ -99,9 +99,12 @@ def _fake(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale,
     return x.new_empty(tokens, len(weight2)), weight1.new_empty(tokens if keep_hidden else 0, len(weight1))
 
 
+_SHAPES = 'x: L d, norm_weight: d, norm_bias: d, weight1: F d, bias1: F, weight2: d F, scale?: L'
+
 define(
     'mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2,'
     ' Tensor bias2, Tensor? scale, bool keep_hidden) -> (Tensor out, Tensor hidden)',
+    f'{_SHAPES}, bias2: d',
     mlp_reference,
     _fake,
     slow=False,
@@ -110,6 +113,7 @@ define(
     'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1,'
     ' Tensor weight2, Tensor? scale, Tensor hidden) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias,'
     ' Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
+    f'dout: L d, {_SHAPES}, hidden: L F',
     mlp_backward_reference,
     lambda dout, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, scale, hidden: (
         tuple(tensor.new_empty(tensor.shape) for tensor in (x, norm_weight, norm_bias, weight1, bias1, weight2))

@@ -143,7 +143,7 @@ def _backward_kernel(
     du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     del dy
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
-    dx_weight = dsteps.T @ u.view(-1, E)
+    dx_weight = dsteps.T @ u.reshape(-1, E)
     du.view(-1, E).addmm_(dsteps, x_weight)
     dbefore, dconv_weight, dconv_bias = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
     del du
@@ -202,8 +202,13 @@ _PARAMETERS = (
     ' Tensor conv_weight, Tensor conv_bias, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, Tensor taps,'
     ' Tensor out_norm_weight, Tensor out_norm_bias, float out_eps, Tensor? scale'
 )
+_SHAPES = (
+    'x: N H W d, norm_weight: d, norm_bias: d, in_weight: 2E d, x_weight: R+2 E, out_weight: d E, conv_weight: E 1 3 3,'
+    ' conv_bias: E, dt_weight: E R, dt_bias: E, A: E, D: E, taps: 25 E, out_norm_weight: E, out_norm_bias: E, scale?: N'
+)
 define(
     f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',
+    _SHAPES,
     _forward,
     _fake,
     slow=False,
@@ -213,6 +218,7 @@ define(
     ' (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight, Tensor dx_weight, Tensor dout_weight,'
     ' Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight, Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dtaps,'
     ' Tensor dout_norm_weight, Tensor dout_norm_bias)',
+    f'dout: N H W d, {_SHAPES}, uz: N H W 2E, u: N H W E, steps: N H W R+2, y: N H W E',
     _backward_kernel,
     _fake_backward,
     slow=False,
