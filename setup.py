@@ -87,7 +87,7 @@ setup(
     package_data={
         'mmspatialmamba': ['.mim/model-index.yml', '.mim/configs/*', '.mim/configs/_base_/*', '.mim/tools/*.py']
     },
-    install_requires=['torch>=2.6'],
+    install_requires=['torch>=2.1'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
