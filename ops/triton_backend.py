@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .library import LIBRARY
+from .library import LIBRARY, check_call
 
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {}
 """For each registered op, what computes it with Triton kernels and with plain PyTorch."""
@@ -19,6 +19,7 @@ def register(name: str, kernels: Callable, reference: Callable) -> None:
     IMPLEMENTATIONS[name] = (kernels, reference)
 
     def implementation(first, *others):
+        check_call(name, first, *others)
         if first.dtype == torch.float64 or first.numel() == 0:
             return reference(first, *others)
         # Triton launches on the current stream of the current device, which need not be that of the tensors.
