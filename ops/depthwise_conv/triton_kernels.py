@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import register
+from ..triton_backend import launch, register
 from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
 
 BLOCK_H = 4
@@ -289,8 +289,8 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
     return pixels if pixels.stride(1) == 1 or pixels.shape[1] == 1 else pixels.contiguous()
 
 
-def _launch(shape: torch.Size, stride: int) -> tuple[int, int, tuple[int], dict[str, int]]:
-    """Returns tiles a program, their blocks, grid and constants of the kernels for an input (N, H, W, E)."""
+def _launch(shape: torch.Size, stride: int) -> tuple[int, int, int, dict[str, int]]:
+    """Returns tiles for each program, their blocks, programs and constants of the kernels for an input (N, H, W, E)."""
     N, H, W, E = shape
     wide, narrow = BLOCK_E
     channels = wide if E % wide == 0 else narrow
@@ -303,7 +303,7 @@ def _launch(shape: torch.Size, stride: int) -> tuple[int, int, tuple[int], dict[
         'num_warps': NUM_WARPS, 'num_stages': 1,
     }  # fmt: skip
     token_blocks = triton.cdiv(all_tiles, tiles)
-    return tiles, token_blocks, (token_blocks * blocks,), constants
+    return tiles, token_blocks, token_blocks * blocks, constants
 
 
 def depthwise_conv(x, weight, bias, stride, activation, relu_input, residual) -> torch.Tensor:
@@ -311,12 +311,13 @@ def depthwise_conv(x, weight, bias, stride, activation, relu_input, residual) ->
     N, H, W, E = x.shape
     pixels = _pixels(x)
     y = torch.empty((N, -(-H // stride), -(-W // stride), E), dtype=x.dtype, device=x.device)
-    tiles, _, grid, constants = _launch(x.shape, stride)
+    tiles, _, programs, constants = _launch(x.shape, stride)
     weight = weight.contiguous()
     # The kernel does not touch a bias that is not there; a pointer has to be there all the same.
-    conv_kernel[grid](
-        pixels, weight, weight if bias is None else bias.contiguous(), y, N, H, W, E, tiles, pixels.stride(0),
-        ACTIVATION=activation, RELU_INPUT=relu_input, RESIDUAL=residual, WITH_BIAS=bias is not None, **constants,
+    launch(
+        conv_kernel, programs, pixels, weight, weight if bias is None else bias.contiguous(), y, N, H, W, E, tiles,
+        pixels.stride(0), ACTIVATION=activation, RELU_INPUT=relu_input, RESIDUAL=residual, WITH_BIAS=bias is not None,
+        **constants,
     )  # fmt: skip
     return y
 
@@ -327,18 +328,19 @@ def depthwise_conv_backward(
     """Computes the op `depthwise_conv_backward`."""
     N, H, W, E = x.shape
     pixels, dy, weight = _pixels(x), dy.contiguous(), weight.contiguous()
-    tiles, blocks, grid, constants = _launch(x.shape, stride)
+    tiles, blocks, programs, constants = _launch(x.shape, stride)
     dpre = dy if activation == 'none' else torch.empty(dy.shape, dtype=x.dtype, device=x.device)
     sums = torch.empty(blocks, (KERNEL + 1) * E, dtype=torch.float32, device=x.device)
     sizes = (N, H, W, E, tiles, pixels.stride(0))
-    conv_parameters_kernel[grid](
-        dy, pixels, weight, weight if bias is None else bias.contiguous(), dpre, sums, *sizes,
-        ACTIVATION=activation, RELU_INPUT=relu_input, WITH_BIAS=bias is not None, **constants,
+    launch(
+        conv_parameters_kernel, programs, dy, pixels, weight, weight if bias is None else bias.contiguous(), dpre, sums,
+        *sizes, ACTIVATION=activation, RELU_INPUT=relu_input, WITH_BIAS=bias is not None, **constants,
     )  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    conv_adjoint_kernel[grid](
-        dpre, dy, pixels, weight, dx, *sizes, RELU_INPUT=relu_input, RESIDUAL=residual, **constants
-    )
+    launch(
+        conv_adjoint_kernel, programs, dpre, dy, pixels, weight, dx, *sizes, RELU_INPUT=relu_input, RESIDUAL=residual,
+        **constants,
+    )  # fmt: skip
     return dx, sums.sum(0)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..state_fusion.taps import DILATIONS, TAP_OFFSETS
-from ..triton_backend import register
+from ..triton_backend import launch, register
 from .reference import fusion_taps_backward_reference, fusion_taps_reference
 
 BLOCK_E = 256
@@ -80,7 +80,7 @@ def fusion_taps(dwconv_d1, dwconv_d3, dwconv_d5, alpha) -> torch.Tensor:
     E = len(dwconv_d1)
     taps = torch.empty(len(TAP_OFFSETS), E, dtype=dwconv_d1.dtype, device=dwconv_d1.device)
     arguments = (x.contiguous() for x in (dwconv_d1, dwconv_d3, dwconv_d5, alpha))
-    taps_kernel[(triton.cdiv(E, BLOCK_E),)](*arguments, taps, E, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS)
+    launch(taps_kernel, triton.cdiv(E, BLOCK_E), *arguments, taps, E, BLOCK_E=BLOCK_E, num_warps=NUM_WARPS)
     return taps
 
 
@@ -88,9 +88,10 @@ def fusion_taps_backward(dtaps, dwconv_d1, dwconv_d3, dwconv_d5, alpha) -> tuple
     """Computes the op `fusion_taps_backward`."""
     inputs = [x.contiguous() for x in (dwconv_d1, dwconv_d3, dwconv_d5, alpha)]
     gradients = [torch.empty_like(x) for x in inputs]
-    taps_backward_kernel[(1,)](
-        dtaps.contiguous(), *inputs, *gradients, len(dwconv_d1), BLOCK_E=BLOCK_E, num_warps=NUM_WARPS, num_stages=1
-    )
+    launch(
+        taps_backward_kernel, 1, dtaps.contiguous(), *inputs, *gradients, len(dwconv_d1), BLOCK_E=BLOCK_E,
+        num_warps=NUM_WARPS, num_stages=1,
+    )  # fmt: skip
     return tuple(gradients)
 
 
