@@ -6,7 +6,7 @@ import torch
 
 from . import compat
 from .backends import backends, give_up
-from .library import LIBRARY, REFERENCES
+from .library import LIBRARY, REFERENCES, check_call
 
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {}
 """For each registered op, what computes it with Triton kernels and with plain PyTorch."""
@@ -27,6 +27,7 @@ def register(name: str, kernels: Callable, reference: Callable) -> None:
         nonlocal launched
         if first.dtype == torch.float64 or first.numel() == 0 or backends()['cuda'].implementation != 'triton':
             return REFERENCES[name](first, *others)
+        check_call(name, first, *others)
         # Triton launches on the current stream of the current device, which need not be that of the tensors.
         with torch.cuda.device_of(first):
             try:

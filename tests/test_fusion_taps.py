@@ -23,7 +23,7 @@ def test_the_autograd_formula_of_other_devices():
     kernels, alpha = fusion_weights(5, torch.float32)
     inputs = [x.to('meta').requires_grad_() for x in (*kernels, alpha)]
     taps = fusion_taps(*inputs)
-    assert type(taps.grad_fn).__name__.startswith('Generated')
+    assert 'Cat' not in type(taps.grad_fn).__name__
     assert taps.shape == (25, 5)
     for gradient, leaf in zip(torch.autograd.grad(taps.sum(), inputs), inputs, strict=True):
         assert gradient.shape == leaf.shape

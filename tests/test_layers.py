@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmspatialmamba import SpatialMamba
 from mmspatialmamba.models.block import Block
-from mmspatialmamba.models.layers import Downsample, Stem
+from mmspatialmamba.models.layers import Downsample, DropPath, Stem
 
 # ---- layers of the same class with other options, layers of another class, changed weights
 
@@ -364,3 +364,17 @@ def test_lora_of_mmpretrain_trains_and_computes_no_gradient_for_frozen_weights()
     assert products.found == []
     assert all(p.grad.abs().sum() > 0 for p in adapters.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_drop_path_drops_images_and_keeps_the_mean():
+    drop_path = DropPath(0.25)
+    x = torch.randn(4000, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert drop_path.eval()(x) is x
+    torch.manual_seed(0)
+    factor = drop_path.train()(x) / x
+    assert torch.equal(factor.amin((1, 2)) > 0, factor.amax((1, 2)) > 0)  # whole images
+    assert torch.allclose(factor[factor > 0], torch.tensor(1 / 0.75, dtype=torch.float64), rtol=1e-12)
+    assert abs((factor[:, 0, 0] > 0).double().mean() - 0.75) < 0.03  # four times the deviation of the mean
+    assert DropPath(0.0).train()(x) is x
+    assert drop_path(x.bfloat16()).dtype == torch.bfloat16
+    assert repr(drop_path) == 'DropPath(drop_prob=0.25)'

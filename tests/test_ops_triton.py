@@ -153,6 +153,7 @@ def groups(request):
     groups.stop()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(('op', 'dtype'), TOLERANCES)
 def test_interpreted_parity(groups, op, dtype):
     (result,) = groups.rows(GROUPS[op])
@@ -163,6 +164,7 @@ def test_interpreted_parity(groups, op, dtype):
             assert error < tolerance, f'{name} {dtype} {output}'
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(('group', 'check'), [(group, check) for group in CHECKS for check in CHECKS[group]])
 def test_interpreted_checks(groups, group, check):
     (result,) = groups.rows(group)

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn as nn
-from mmcv.cnn.bricks import DropPath
 
-from .layers import MLP, DepthwiseConv, LayerNorm
+from .layers import MLP, DepthwiseConv, DropPath, LayerNorm
 from .ssm import StructureAwareSSM
 
 

@@ -74,6 +74,29 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training a branch is dropped for whole images, and otherwise scaled so that its mean stays.
+
+    Args:
+        drop_prob: Probability that an image is dropped, below 1.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """Maps (N, ...) to the same shape: one pass over the branch, with a factor of each image."""
+        if not (self.training and self.drop_prob):
+            return branch
+        kept = 1 - self.drop_prob
+        return branch * branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(kept).div_(kept)
+
+    def extra_repr(self) -> str:
+        """Returns the probability."""
+        return f'drop_prob={self.drop_prob}'
+
+
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm, on (N, C, H, W).
 

@@ -290,7 +290,7 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(shape: torch.Size, stride: int) -> tuple[int, int, int, dict[str, int]]:
-    """Returns tiles for each program, their blocks, programs and constants of the kernels for an input (N, H, W, E)."""
+    """Returns tiles a program, their blocks, programs and constants of the kernels for an input (N, H, W, E)."""
     N, H, W, E = shape
     wide, narrow = BLOCK_E
     channels = wide if E % wide == 0 else narrow
@@ -316,8 +316,8 @@ def depthwise_conv(x, weight, bias, stride, activation, relu_input, residual) ->
     # The kernel does not touch a bias that is not there; a pointer has to be there all the same.
     launch(
         conv_kernel, programs, pixels, weight, weight if bias is None else bias.contiguous(), y, N, H, W, E, tiles,
-        pixels.stride(0), ACTIVATION=activation, RELU_INPUT=relu_input, RESIDUAL=residual, WITH_BIAS=bias is not None,
-        **constants,
+        pixels.stride(0), ACTIVATION=activation, RELU_INPUT=relu_input, RESIDUAL=residual,
+        WITH_BIAS=bias is not None, **constants,
     )  # fmt: skip
     return y
 
@@ -338,8 +338,8 @@ def depthwise_conv_backward(
     )  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
-        conv_adjoint_kernel, programs, dpre, dy, pixels, weight, dx, *sizes, RELU_INPUT=relu_input, RESIDUAL=residual,
-        **constants,
+        conv_adjoint_kernel, programs, dpre, dy, pixels, weight, dx, *sizes,
+        RELU_INPUT=relu_input, RESIDUAL=residual, **constants,
     )  # fmt: skip
     return dx, sums.sum(0)
 

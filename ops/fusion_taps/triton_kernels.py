@@ -89,8 +89,8 @@ def fusion_taps_backward(dtaps, dwconv_d1, dwconv_d3, dwconv_d5, alpha) -> tuple
     inputs = [x.contiguous() for x in (dwconv_d1, dwconv_d3, dwconv_d5, alpha)]
     gradients = [torch.empty_like(x) for x in inputs]
     launch(
-        taps_backward_kernel, 1, dtaps.contiguous(), *inputs, *gradients, len(dwconv_d1), BLOCK_E=BLOCK_E,
-        num_warps=NUM_WARPS, num_stages=1,
+        taps_backward_kernel, 1, dtaps.contiguous(), *inputs, *gradients, len(dwconv_d1),
+        BLOCK_E=BLOCK_E, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return tuple(gradients)
 

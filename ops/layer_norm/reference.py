@@ -9,7 +9,7 @@ def layer_norm_reference(x, weight, bias, eps, dtype) -> tuple[torch.Tensor, tor
     Returns:
         out in the given dtype, mean and inverse deviation (..., 1), float32 (float64 for float64).
     """
-    out, mean, inverse = torch.native_layer_norm(_widen(x), x.shape[-1:], weight, bias, eps)
+    out, mean, inverse = torch.native_layer_norm(_widen(x, weight, bias), x.shape[-1:], weight, bias, eps)
     return out.to(dtype).contiguous(), mean, inverse
 
 
@@ -20,7 +20,7 @@ def layer_norm_backward_reference(dout, x, mean, inverse, weight, bias) -> tuple
         dx, and those of weight and bias as the rows of one tensor (2, E), so that partial sums of both are added at
         once; 0 for one that is not there.
     """
-    wide = _widen(x)
+    wide = x if x.dtype == torch.float64 else x.float()
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dout.to(wide.dtype), wide, x.shape[-1:], mean, inverse, weight, bias,
         [True, weight is not None, bias is not None],
@@ -30,6 +30,12 @@ def layer_norm_backward_reference(dout, x, mean, inverse, weight, bias) -> tuple
     return dx.to(x.dtype).contiguous(), torch.stack(rows)
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    """Returns x in the dtype of the parameters: PyTorch would add their gradients in 16 bits on a CPU."""
-    return x if x.dtype == torch.float64 else x.float()
+def _widen(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+    """Returns x as PyTorch's LayerNorm is to take it for statistics, and gradients of the parameters, in float32.
+
+    A CPU's takes 16 bits beside parameters in float32, and has statistics in float32 then, but adds the gradients of
+    the parameters in 16 bits. That of other devices takes one dtype.
+    """
+    mixed = x.device.type == 'cpu' and all(parameter is not None for parameter in parameters)
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters if mixed)
+    return x if x.dtype == torch.float64 or (mixed and not trained) else x.float()

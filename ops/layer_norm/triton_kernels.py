@@ -119,9 +119,9 @@ def layer_norm(x, weight, bias, eps, dtype) -> tuple[torch.Tensor, torch.Tensor,
     tokens, tiles, constants = _launch(x)
     # The kernels do not touch a parameter that is not there; a pointer has to be there all the same.
     launch(
-        layer_norm_kernel, tiles,
-        x, mean if weight is None else weight.contiguous(), mean if bias is None else bias.contiguous(), out, mean,
-        inverse, tokens, x.shape[-1], eps, WITH_WEIGHT=weight is not None, WITH_BIAS=bias is not None, **constants,
+        layer_norm_kernel, tiles, x, mean if weight is None else weight.contiguous(),
+        mean if bias is None else bias.contiguous(), out, mean, inverse, tokens, x.shape[-1], eps,
+        WITH_WEIGHT=weight is not None, WITH_BIAS=bias is not None, **constants,
     )  # fmt: skip
     return out, mean, inverse
 
@@ -136,9 +136,8 @@ def layer_norm_backward(dout, x, mean, inverse, weight, bias) -> tuple[torch.Ten
     with_weight, with_bias = weight is not None, bias is not None
     sums = torch.empty(blocks if with_weight or with_bias else 0, 2, x.shape[-1], dtype=torch.float32, device=x.device)
     launch(
-        layer_norm_backward_kernel, blocks,
-        dout, x, mean, inverse, weight.contiguous() if with_weight else mean, dx, sums, tokens, x.shape[-1], tiles,
-        WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, **constants,
+        layer_norm_backward_kernel, blocks, dout, x, mean, inverse, weight.contiguous() if with_weight else mean, dx,
+        sums, tokens, x.shape[-1], tiles, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, **constants,
     )  # fmt: skip
     return dx, sums.sum(0)
 
