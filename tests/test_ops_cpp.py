@@ -206,7 +206,7 @@ def narrower_capabilities():
 def test_the_kernels_have_a_new_version_for_new_schemas():
     schemas = ''.join(sorted(str(getattr(OPS, name).default._schema) for name in REFERENCES))
     digest = hashlib.sha256(schemas.encode()).hexdigest()[:12]
-    assert (KERNELS, digest) == (2, '6dd03bebc710'), 'schemas changed: raise KERNELS in ops/backends.py, and this test with it'
+    assert (KERNELS, digest) == (2, '6dd03bebc710'), 'schemas changed: raise KERNELS in ops/backends.py and here'
 
 
 def test_the_library_is_that_of_the_capability():
