@@ -2,6 +2,7 @@
 # make test         unit tests
 # make test-end-to-end   tests that train and evaluate
 # make test-all     these and what stresses longer: sanitizers, 4096x4096, every family of the toolboxes (an hour)
+# make test-ops TORCH=torch==2.6.0 VENV=.venv-2.6   ops, backbone and checkpoints on another PyTorch, without a toolbox
 # make docs         documentation site, into work_dirs/site
 # make lint         ruff
 
@@ -20,7 +21,13 @@ ifneq ($(words $(CURDIR)),1)
 $(error the path of this folder has blanks, which make cannot handle: move the checkout, now in "$(CURDIR)")
 endif
 
-.PHONY: env quickstart test test-end-to-end test-all docs lint
+# What test-ops runs. PyTorch 2.1 needs NUMPY=numpy==1.26.4 and SETUPTOOLS=setuptools==69.5.1.
+NUMPY ?= numpy<2.3
+SETUPTOOLS ?= setuptools>=77,<82
+OPS_TESTS := gradients direct_calls weights_only golden checkpoint spatial_mamba scan_states state_fusion \
+	structure_aware_ssm depthwise_conv gated_norm mlp ssm_layer
+
+.PHONY: env quickstart test test-ops test-end-to-end test-all docs lint
 
 env: $(VENV)/.complete
 
@@ -52,6 +59,15 @@ data/shapes/complete.json: | env
 
 test: env
 	$(BIN)/pytest -m "not end_to_end and not long" --durations 15
+
+test-ops:
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)" "$(NUMPY)" "$(SETUPTOOLS)" wheel ninja psutil \
+		mmengine==0.10.7 mmcv-lite==2.1.0 pytest hypothesis expecttest
+	rm -rf build # which may hold kernels for another PyTorch
+	MMSPATIALMAMBA_BUILD_OPS=1 $(BIN)/pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .
+	MMSPATIALMAMBA_REQUIRE=cpp $(BIN)/pytest -m "not end_to_end and not long" \
+		$(patsubst %,tests/test_%.py,$(OPS_TESTS))
 
 test-end-to-end: env
 	$(BIN)/pytest -m "end_to_end and not long" --durations 15

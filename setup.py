@@ -119,7 +119,7 @@ setup(
     python_requires='>=3.10',
     packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
-    install_requires=['torch>=2.6'],
+    install_requires=['torch>=2.1'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},

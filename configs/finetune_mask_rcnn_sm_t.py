@@ -29,5 +29,6 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(optimizer=dict(lr=1e-4 / 8))
 auto_scale_lr = dict(base_batch_size=2)
 
-# Stops before the first step where a head has another number of classes than the data set.
-custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
+# Stops before the first step where a head has another number of classes than the data set. Not in custom_hooks, which a
+# config that inherits this one would replace as a whole.
+default_hooks = dict(num_classes=dict(type='mmdet.NumClassCheckHook'))

@@ -72,6 +72,8 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=2))
-
-custom_hooks = [dict(type='mmdet.NumClassCheckHook')]
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(interval=5, max_keep_ckpts=2),
+    num_classes=dict(type='mmdet.NumClassCheckHook'),
+)

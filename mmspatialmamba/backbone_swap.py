@@ -259,11 +259,15 @@ def _swap_in_classifier(part: ConfigDict, backbone: Backbone, swapped: ConfigDic
     if 'in_channels' not in head:
         raise ValueError(f'swap_backbone: {type_name(part)} has no neck or head that states in_channels')
     head.in_channels = backbone.channels[last]
-    pools_tokens = _first_neck(part).get('dim', 2) != 2
+    neck = _first_neck(part)
+    pooling = ConfigDict(type='mmpretrain.GlobalAveragePooling')
     if name in MAP_HEADS:
         part.neck = None
-    elif not part.get('neck') or pools_tokens:
-        part.neck = ConfigDict(type='mmpretrain.GlobalAveragePooling')
+    elif type_name(neck) == 'ClsBatchNormNeck':  # norms the pooled vector, for a linear probe
+        neck.input_features = backbone.channels[last]
+        part.neck = [pooling, neck]
+    elif not neck or neck.get('dim', 2) != 2:  # the latter pools tokens
+        part.neck = pooling
 
 
 def _stages(strides: list[int], available: Sequence[int], name: str) -> tuple[int, ...]:

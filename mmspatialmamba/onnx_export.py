@@ -9,7 +9,11 @@ import torch
 from onnxscript import opset18 as op
 
 from .models.fused import FusedBlock
+from .ops.compat import VERSION
 from .ops.onnx_translations import TRANSLATIONS as OP_TRANSLATIONS
+
+if VERSION < (2, 6):
+    raise RuntimeError(f'ONNX export needs PyTorch 2.6 or later, found {VERSION}')
 
 MIN_SIDE = 33
 """Smallest height and width of the example image: below it the last map is a single row or column, which

@@ -57,8 +57,7 @@ def load_backends() -> None:
             is unknown or cannot be used.
     """
     reasons = {'cpp': _load_cpp(), 'triton': _load_triton()}
-    required = [name.strip() for name in os.environ.get(REQUIRE_VARIABLE, '').split(',') if name.strip()]
-    for name in required:
+    for name in _required():
         if name not in COMPILED:
             raise RuntimeError(f'{REQUIRE_VARIABLE}: expected names among {", ".join(COMPILED)}, got {name!r}')
         if reasons[name]:
@@ -67,7 +66,23 @@ def load_backends() -> None:
         _loaded[device] = Backend(device, 'reference' if reasons[name] else name, reasons[name])
 
 
+def give_up(name: str, reason: str) -> None:
+    """Leaves the device type of a registered implementation to the reference from now on, which warns with the reason.
+
+    Raises:
+        RuntimeError: The environment variable ``MMSPATIALMAMBA_REQUIRE`` names it.
+    """
+    if name in _required():
+        raise RuntimeError(f'{REQUIRE_VARIABLE} names {name!r}, which cannot be used: {reason}')
+    _loaded[COMPILED[name]] = Backend(COMPILED[name], 'reference', reason)
+
+
 _loaded: dict[str, Backend] = {}
+
+
+def _required() -> list[str]:
+    """Returns the names in the environment variable ``MMSPATIALMAMBA_REQUIRE``."""
+    return [name.strip() for name in os.environ.get(REQUIRE_VARIABLE, '').split(',') if name.strip()]
 
 
 def _load_cpp() -> str:

@@ -8,6 +8,66 @@ from .compat import is_compiling
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class Shapes:
+    """The shapes of an op's tensors, for the implementations in Python; those in C++ check for themselves.
+
+    Args:
+        op: The op's name, for errors.
+        arguments: The names of its arguments, in order.
+        shapes: The dimensions of its tensors, such as 'u: N L E, A: E, B: N L 1, scale?: N'. A word stands for one
+            size in all of them, '...' before it for any sizes, the same in all; a name with ? may be None. Of the sizes
+            of the first tensor only the first, the batch, may be 0.
+    """
+
+    def __init__(self, op: str, arguments: list[str], shapes: str):
+        self.op = op
+        self.tensors = []
+        self.optional = set()
+        for entry in shapes.split(','):
+            name, dimensions = entry.split(':')
+            name = name.strip()
+            if name.endswith('?'):
+                name = name[:-1]
+                self.optional.add(name)
+            sizes = tuple(int(size) if size.isdigit() else size for size in dimensions.split())
+            self.tensors.append((arguments.index(name), name, sizes))
+
+    def check(self, args: tuple) -> None:
+        """Raises unless the tensors among an op's arguments are there, on one device and of these shapes."""
+        self.check_devices(args)
+        position, name, _ = self.tensors[0]
+        check_not_empty(self.op, name, args[position])
+        known = {}
+        for position, name, sizes in self.tensors:
+            if args[position] is None:
+                continue
+            shape = found = tuple(args[position].shape)
+            if sizes[0] == '...':
+                leading = max(0, len(shape) - len(sizes) + 1)
+                found = (shape[:leading], *shape[leading:])
+            expected = tuple(known.get(size, size) for size in sizes)
+            if len(found) != len(sizes) or any(
+                want != size and not isinstance(want, str) for want, size in zip(expected, found)
+            ):
+                raise ValueError(f'{self.op}: {name} must have shape {_written(expected)}, got {shape}')
+            known.update(zip(sizes, found))
+
+    def check_devices(self, args: tuple) -> None:
+        """Raises unless the tensors among an op's arguments are there and on one device."""
+        device = None
+        for position, name, _ in self.tensors:
+            tensor = args[position]
+            if tensor is None:
+                if name not in self.optional:
+                    raise TypeError(f'{self.op}: {name} must be a tensor, got None')
+            elif device is None:
+                device = tensor.device
+            elif tensor.device != device:
+                raise ValueError(
+                    f'{self.op}: {name} must be on the device of the first tensor, {device}, got {tensor.device}'
+                )
+
+
 def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
     """Raises if a tensor carries a tangent: without a formula, PyTorch would go on with tangents of zero."""
     if is_compiling():
@@ -53,6 +113,11 @@ def check_not_empty(op: str, name: str, value: torch.Tensor) -> None:
     """Raises if any dimension of ``value`` but the batch is 0."""
     if 0 in value.shape[1:]:
         raise ValueError(f'{op}: {name} must have at least one token and one channel, got shape {tuple(value.shape)}')
+
+
+def _written(sizes: tuple[int | str | tuple[int, ...], ...]) -> str:
+    sizes = sum((size if isinstance(size, tuple) else (size,) for size in sizes), ())
+    return f'({", ".join(map(str, sizes))}{"," if len(sizes) == 1 else ""})'
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

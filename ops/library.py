@@ -11,6 +11,7 @@ import torch
 
 from . import compat
 from .backends import backends
+from .checks import Shapes
 
 NAMESPACE = 'mmspatialmamba'
 LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
@@ -27,7 +28,9 @@ gets an overload of its own, such as ``selective_scan.orders``, so that an old p
 """
 
 REFERENCES: dict[str, Callable] = {}
-"""For each op the kernel of last resort."""
+"""For each op the kernel of last resort, which checks its arguments."""
+SHAPES: dict[str, Shapes] = {}
+"""For each op the shapes of its tensors."""
 
 _warned_devices: set[str] = set()
 
@@ -42,19 +45,21 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float64 else compat.autocast_dtype(x.device.type) or x.dtype
 
 
-def define(schema: str, reference: Callable, fake: Callable) -> None:
+def define(schema: str, shapes: str, reference: Callable, fake: Callable) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
 
     The first op that the reference computes because a compiled implementation is missing says so.
 
     Args:
         schema: The op's schema, without namespace. Its first argument is a channels-last map or sequence.
+        shapes: The shape of each tensor of the schema, as `Shapes` reads them.
         reference: Computes the op with plain PyTorch, below autograd.
         fake: Computes the outputs' shapes and dtypes only.
     """
     name = schema.partition('(')[0]
 
     def kernel(*args):
+        check_call(name, *args)
         device = args[0].device.type
         _warn_if_slow(name, device)
         if compat.autocast_dtype(device) is None:
@@ -63,10 +68,21 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
         with torch.autocast(device, enabled=False):
             return reference(*args)
 
+    def checked_fake(*args):
+        SHAPES[name].check_devices(args)
+        return fake(*args)
+
     LIBRARY.define(schema)
+    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    SHAPES[name] = Shapes(f'{NAMESPACE}::{name}', [argument.name for argument in arguments], shapes)
     REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
-    compat.register_fake(LIBRARY, name, fake)
+    compat.register_fake(LIBRARY, name, checked_fake)
+
+
+def check_call(name: str, *args: object) -> None:
+    """Raises unless an op's tensors have shapes that fit together and one device: anyone can call it by torch.ops."""
+    SHAPES[name].check(args)
 
 
 def define_retired() -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from .library import LIBRARY
+from . import compat
+from .backends import backends, give_up
+from .library import LIBRARY, REFERENCES, check_call
 
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {}
 """For each registered op, what computes it with Triton kernels and with plain PyTorch."""
@@ -14,16 +16,29 @@ def register(name: str, kernels: Callable, reference: Callable) -> None:
     """Registers an op's Triton implementation for CUDA devices.
 
     The reference serves what the kernels do not: float64, as they accumulate in float32 (gradcheck needs it, no user
-    trains in it), and an empty batch, as a grid of no programs cannot be launched.
+    trains in it), and an empty batch, as a grid of no programs cannot be launched. It serves all ops from the moment on
+    when the first launch of one fails: kernels are compiled then, which can miss a C compiler or meet a GPU that
+    Triton cannot compile for. Out of memory, and an error inside of a CUDA graph's capture, are raised.
     """
     IMPLEMENTATIONS[name] = (kernels, reference)
+    launched = False
 
     def implementation(first, *others):
-        if first.dtype == torch.float64 or first.numel() == 0:
-            return reference(first, *others)
+        nonlocal launched
+        if first.dtype == torch.float64 or first.numel() == 0 or backends()['cuda'].implementation != 'triton':
+            return REFERENCES[name](first, *others)
+        check_call(name, first, *others)
         # Triton launches on the current stream of the current device, which need not be that of the tensors.
         with torch.cuda.device_of(first):
-            return kernels(first, *others)
+            try:
+                outputs = kernels(first, *others)
+            except Exception as error:
+                if launched or isinstance(error, compat.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
+                    raise
+                give_up('triton', f'the first launch of {name} failed: {type(error).__name__}: {error}')
+                return REFERENCES[name](first, *others)
+        launched = True
+        return outputs
 
     LIBRARY.impl(name, implementation, 'CUDA')
 

@@ -828,4 +828,4 @@ def test_detectors_for_own_data_check_their_classes(name):
 
     config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     init_default_scope('mmengine')
-    assert [type(HOOKS.build(hook)).__name__ for hook in config.custom_hooks] == ['NumClassCheckHook']
+    assert type(HOOKS.build(config.default_hooks.num_classes)).__name__ == 'NumClassCheckHook'

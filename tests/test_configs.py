@@ -166,8 +166,11 @@ def test_classification_on_a_cpu_as_the_faq_says():
     [
         (CONFIGS / 'finetune_mask_rcnn_sm_t.py', 2),
         (CONFIGS / 'finetune_mask_rcnn_sm_t_4ch.py', 2),
+        (CONFIGS / 'finetune_upernet_sm_t.py', 4),
         (CONFIGS / 'quickstart_mask_rcnn.py', 8),
+        (CONFIGS / 'quickstart_upernet.py', 8),
         (CONFIGS.parent / 'docs' / 'own_data_config.py', 2),
+        (CONFIGS.parent / 'docs' / 'own_segmentation_config.py', 4),
     ],
     ids=lambda value: getattr(value, 'stem', ''),
 )

@@ -240,6 +240,7 @@ def total_of(printed, pattern=r'multiply-adds: ([\d.]+) G'):
     return float(re.search(pattern, printed).group(1))
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(('name', 'side'), [('mask2former_semantic_sm_t.py', 64), ('dino_sm_t.py', 320)])
 def test_models_whose_heads_need_samples(name, side, monkeypatch, capsys):
     printed = run_main(TOOL, (CONFIGS / name, '--shape', side, side), monkeypatch, capsys)

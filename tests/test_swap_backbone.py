@@ -152,6 +152,12 @@ CHANGES = {
     },
     'mmpretrain::resnet/resnet18_8xb32_in1k.py': {'backbone.out_indices': [3], 'head.in_channels': 512},
     'mmpretrain::resnet/resnet18_8xb16_cifar10.py': {'backbone.out_indices': [3], 'head.in_channels': 512},
+    'mmpretrain::mae/benchmarks/vit-base-p16_8xb2048-linear-coslr-90e_in1k.py': {
+        'neck.0.type': 'mmpretrain.GlobalAveragePooling',
+        'neck.1.type': 'ClsBatchNormNeck',
+        'neck.1.input_features': 512,
+        'head.in_channels': 512,
+    },
     **{
         f'mmpretrain::{name}': {
             'backbone.out_indices': [3],

@@ -21,6 +21,7 @@ estimated. Launches are counted as Triton's; the sums of PyTorch's that follow a
 
 import argparse
 import contextlib
+import importlib
 import math
 import re
 import subprocess
@@ -31,12 +32,13 @@ from pathlib import Path
 
 import torch
 import triton
-from mmspatialmamba.ops import triton_fusion, triton_gated_norm, triton_scan
-from mmspatialmamba.ops.triton_ssm import IMPLEMENTATIONS
+from mmspatialmamba.ops.backends import TRITON_OPS
+from mmspatialmamba.ops.state_fusion.taps import RADIUS
+from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = (triton_scan, triton_fusion, triton_gated_norm)
+MODULES = [importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS]
 STAGES = (((200, 320), 128, 4, 2), ((100, 160), 256, 8, 4), ((50, 80), 512, 16, 8), ((25, 40), 1024, 32, 4))
 """Grid, inner channels, rank and number of blocks of the stages of tiny at 800x1280."""
 BATCH = 2
@@ -90,13 +92,13 @@ def recorded() -> Iterator[list[Launch]]:
         values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in constants.items() if k in names}
         launches.append(Launch(kernel, programs, values, options))
 
-    kept = [module.launch for module in MODULES]
-    for module in MODULES:
+    kept = {module: module.launch for module in MODULES if hasattr(module, 'launch')}
+    for module in kept:
         module.launch = record
     try:
         yield launches
     finally:
-        for module, launch in zip(MODULES, kept, strict=True):
+        for module, launch in kept.items():
             module.launch = launch
 
 
@@ -188,9 +190,7 @@ def trips(launch: Launch, compiled: Compiled) -> list[float]:
         'fusion_kernel': (lambda n: n <= 3, 2),
         'taps_gradient_kernel': (lambda n: n <= 3, 2),
         'adjoint_kernel': (lambda n: n <= 3, 2),
-        'adjoint_border_kernel': (lambda n: True, BORDER_TRIPS),
-        'gated_norm_kernel': (lambda n: n == 0, 1),
-        'gated_norm_backward_kernel': (lambda n: n <= 1, values.get('tiles', 1)),
+        'adjoint_border_kernel': (lambda n: n > 0, BORDER_TRIPS),
     }
     possible, number = expected[name]
     if not possible(count):
@@ -200,11 +200,12 @@ def trips(launch: Launch, compiled: Compiled) -> list[float]:
 
 def instructions_run(launch: Launch, compiled: Compiled) -> float:
     """Returns the instructions that a warp of the launch runs on average."""
-    runs = [1.0] * len(compiled.instructions)
+    total = float(len(compiled.instructions))
     for (first, last), number in zip(compiled.loops, trips(launch, compiled), strict=True):
-        for i in range(first, last + 1):
-            runs[i] *= number
-    return sum(runs)
+        # Of nested loops, which only the border has, the inner ones run once for nearly every pixel.
+        inner = any(begin < first and last <= end for begin, end in compiled.loops)
+        total += 0 if inner else (last - first + 1) * (number - 1)
+    return total
 
 
 def warps_resident(launch: Launch, compiled: Compiled) -> int:
@@ -215,10 +216,14 @@ def warps_resident(launch: Launch, compiled: Compiled) -> int:
     return warps * min(registers, shared, 32, 64 // warps)
 
 
-def bytes_moved(launch: Launch) -> int:
-    """Returns the bytes of a launch's tensors, each counted once."""
+def bytes_moved(launch: Launch) -> float:
+    """Returns the bytes of a launch's tensors, each counted once; at the border, those of the pixels that it needs."""
     tensors = {id(value): value for value in launch.values.values() if isinstance(value, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    share = 1.0
+    if launch.kernel.fn.__name__ == 'adjoint_border_kernel':
+        H, W = launch.values['H'], launch.values['W']
+        share = 1 - max(0, H - 2 * RADIUS) * max(0, W - 2 * RADIUS) / (H * W)
+    return share * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def launches_of_stage(stage: int, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:

@@ -4,10 +4,13 @@ import torch
 
 from ..checks import check_not_empty, check_parameter, check_tensor, refuse_forward_mode
 from ..library import accumulation_dtype, define, refuse_double_backward, register_autograd
-from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
-
-ACTIVATIONS = ('none', 'silu', 'relu')
-STRIDES = (1, 2)
+from .reference import (
+    KERNEL,
+    check_options,
+    depthwise_conv_backward_reference,
+    depthwise_conv_reference,
+    output_shape,
+)
 
 
 def depthwise_conv(
@@ -54,12 +57,7 @@ def depthwise_conv(
     check_parameter(op, 'weight', weight, (x.shape[-1], 1, 3, 3), x)
     if bias is not None:
         check_parameter(op, 'bias', bias, (x.shape[-1],), x)
-    if stride not in STRIDES:
-        raise ValueError(f'{op}: stride must be 1 or 2, got {stride!r}')
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'{op}: activation must be one of {", ".join(ACTIVATIONS)}, got {activation!r}')
-    if residual and stride != 1:
-        raise ValueError(f'{op}: residual needs stride 1, got {stride!r}')
+    check_options(stride, activation, residual)
     refuse_forward_mode(op, x, weight, *([] if bias is None else [bias]))
     acc = accumulation_dtype(x.dtype)
     bias = None if bias is None else bias.to(acc)
@@ -85,19 +83,22 @@ def _backward(ctx, dy):
 
 
 def _fake(x, weight, bias, stride, *options):
-    N, H, W, E = x.shape
-    return x.new_empty((N, (H + stride - 1) // stride, (W + stride - 1) // stride, E))
+    return x.new_empty(output_shape(x, stride))
 
+
+_SHAPES = 'x: N H W E, weight: E 1 3 3, bias?: E'
 
 define(
     'depthwise_conv(Tensor x, Tensor weight, Tensor? bias, int stride, str activation, bool relu_input, bool residual)'
     ' -> Tensor',
+    _SHAPES,
     depthwise_conv_reference,
     _fake,
 )
 define(
     'depthwise_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int stride, str activation,'
     ' bool relu_input, bool residual) -> (Tensor dx, Tensor dparameters)',
+    f'dy: N H_out W_out E, {_SHAPES}',
     depthwise_conv_backward_reference,
     lambda dy, x, weight, *others: (x.new_empty(x.shape), weight.new_empty((KERNEL + 1) * len(weight))),
 )

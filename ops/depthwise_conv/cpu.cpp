@@ -335,9 +335,8 @@ std::array<int64_t, 4> output_sizes(const at::Tensor& x, int64_t stride) {
 }
 
 void check_inputs(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
-    bool residual) {
-  check_dim("x", x, 4);
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride, bool residual) {
+  check_map("x", x, 4);
   const auto acc = at::toOpMathType(x.scalar_type());
   check_tensor("weight", weight, {x.size(3), 1, SIDE, SIDE}, acc);
   if (bias) {

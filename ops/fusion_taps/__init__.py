@@ -45,14 +45,18 @@ def _backward(ctx, dtaps):
     return torch.ops.mmspatialmamba.fusion_taps_backward(dtaps, *ctx.saved_tensors)
 
 
+_SHAPES = 'dwconv_d1: E 1 3 3, dwconv_d3: E 1 3 3, dwconv_d5: E 1 3 3, alpha: 3'
+
 define(
     'fusion_taps(Tensor dwconv_d1, Tensor dwconv_d3, Tensor dwconv_d5, Tensor alpha) -> Tensor',
+    _SHAPES,
     fusion_taps_reference,
     lambda dwconv_d1, *others: dwconv_d1.new_empty(len(TAP_OFFSETS), len(dwconv_d1)),
 )
 define(
     'fusion_taps_backward(Tensor dtaps, Tensor dwconv_d1, Tensor dwconv_d3, Tensor dwconv_d5, Tensor alpha)'
     ' -> (Tensor ddwconv_d1, Tensor ddwconv_d3, Tensor ddwconv_d5, Tensor dalpha)',
+    f'dtaps: {len(TAP_OFFSETS)} E, {_SHAPES}',
     fusion_taps_backward_reference,
     lambda dtaps, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs),
 )

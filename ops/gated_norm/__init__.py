@@ -63,14 +63,18 @@ def _fake_backward(dout, y, z, weight, bias, eps, with_out=False):
     return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(2, len(weight)), out
 
 
+_SHAPES = 'y: N H W E, z: N H W E, weight: E, bias: E'
+
 define(
     'gated_norm(Tensor y, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor',
+    _SHAPES,
     gated_norm_reference,
     lambda y, *others: y.new_empty(y.shape),
 )
 define(
     'gated_norm_backward(Tensor dout, Tensor y, Tensor z, Tensor weight, Tensor bias, float eps, bool with_out=False)'
     ' -> (Tensor dy, Tensor dz, Tensor dparameters, Tensor out)',
+    f'dout: N H W E, {_SHAPES}',
     gated_norm_backward_reference,
     _fake_backward,
 )

@@ -122,7 +122,7 @@ template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
 }
 
 void check_inputs(const at::Tensor& y, const at::Tensor& z, const at::Tensor& weight, const at::Tensor& bias) {
-  check_dim("y", y, 4);
+  check_map("y", y, 4);
   check_tensor("z", z, y.sizes(), y.scalar_type());
   const auto acc = at::toOpMathType(y.scalar_type());
   check_tensor("weight", weight, {y.size(3)}, acc);

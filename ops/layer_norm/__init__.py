@@ -76,12 +76,14 @@ def _fake(x, weight, bias, eps, dtype):
 define(
     'layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)'
     ' -> (Tensor out, Tensor mean, Tensor inverse)',
+    'x: ... E, weight?: E, bias?: E',
     layer_norm_reference,
     _fake,
 )
 define(
     'layer_norm_backward(Tensor dout, Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias)'
     ' -> (Tensor dx, Tensor dparameters)',
+    'dout: ... E, x: ... E, mean: ... 1, inverse: ... 1, weight?: E, bias?: E',
     layer_norm_backward_reference,
     lambda dout, x, mean, *parameters: (x.new_empty(x.shape), mean.new_empty(2, x.shape[-1])),
 )

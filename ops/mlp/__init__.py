@@ -119,9 +119,12 @@ def _fake_backward(dout, x, norm_weight, norm_bias, eps, weight1, weight2, scale
     return x.new_empty(x.shape), *gradients
 
 
+_SHAPES = 'x: L d, norm_weight: d, norm_bias: d, weight1: F d, weight2: d F, scale?: L'
+
 define(
     'mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1, Tensor bias1, Tensor weight2,'
     ' Tensor bias2, Tensor? scale, bool keep) -> (Tensor out, Tensor[] kept)',
+    f'{_SHAPES}, bias1: F, bias2: d',
     mlp_reference,
     _fake,
 )
@@ -129,6 +132,7 @@ define(
     'mlp_backward(Tensor dout, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight1,'
     ' Tensor weight2, Tensor? scale, Tensor[] kept, bool parameters) -> (Tensor dx,'
     ' Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2)',
+    f'dout: L d, {_SHAPES}',
     mlp_backward_reference,
     _fake_backward,
 )

@@ -135,7 +135,7 @@ Norm layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor&
 void check_inputs(
     const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight1,
     const at::Tensor& weight2, const OptionalTensor& scale) {
-  check_dim("x", x, 2);
+  check_map("x", x, 2);
   check_dim("weight1", weight1, 2);
   const int64_t d = x.size(1), F = weight1.size(0);
   const auto dtype = weight1.scalar_type();

@@ -51,14 +51,18 @@ def _backward(ctx, dh):
     return torch.ops.mmspatialmamba.scan_states_backward(dh, *ctx.saved_tensors)
 
 
+_SHAPES = 'u: N L E, delta: N L E, A: E, B: N L 1'
+
 define(
     'scan_states(Tensor u, Tensor delta, Tensor A, Tensor B) -> Tensor',
+    _SHAPES,
     scan_states_reference,
     lambda u, delta, A, B: u.new_empty(u.shape),
 )
 define(
     'scan_states_backward(Tensor dh, Tensor u, Tensor delta, Tensor A, Tensor B)'
     ' -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB)',
+    f'dh: N L E, {_SHAPES}',
     scan_states_backward_reference,
     lambda dh, *inputs: tuple(x.new_empty(x.shape) for x in inputs),
 )

@@ -161,7 +161,7 @@ struct ScanInputs {
         delta(delta.contiguous()),
         A(A.contiguous()),
         B(B.to(A.scalar_type()).contiguous()) {
-    check_dim("u", u, 3);
+    check_map("u", u, 3);
     check_tensor("delta", delta, u.sizes(), u.scalar_type());
     check_tensor("A", A, {u.size(2)}, at::toOpMathType(u.scalar_type()));
     check_tensor("B", B, {u.size(0), u.size(1), 1}, u.scalar_type());

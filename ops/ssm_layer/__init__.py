@@ -147,8 +147,13 @@ _PARAMETERS = (
     ' Tensor conv_weight, Tensor conv_bias, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, Tensor taps,'
     ' Tensor out_norm_weight, Tensor out_norm_bias, float out_eps, Tensor? scale'
 )
+_SHAPES = (
+    'x: N H W d, norm_weight: d, norm_bias: d, in_weight: 2E d, x_weight: R+2 E, out_weight: d E, conv_weight: E 1 3 3,'
+    ' conv_bias: E, dt_weight: E R, dt_bias: E, A: E, D: E, taps: 25 E, out_norm_weight: E, out_norm_bias: E, scale?: N'
+)
 define(
     f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',
+    _SHAPES,
     ssm_layer_reference,
     _fake,
 )
@@ -157,6 +162,7 @@ define(
     ' bool parameters) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight, Tensor dx_weight,'
     ' Tensor dout_weight, Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight, Tensor ddt_bias, Tensor dA,'
     ' Tensor dD, Tensor dtaps, Tensor dout_norm_weight, Tensor dout_norm_bias)',
+    f'dout: N H W d, {_SHAPES}, uz: N H W 2E, u: N H W E, steps: N H W R+2, y: N H W E',
     ssm_layer_backward_reference,
     _fake_backward,
 )

@@ -49,13 +49,17 @@ def _backward(ctx, dg):
     return torch.ops.mmspatialmamba.state_fusion_backward(dg, *ctx.saved_tensors)
 
 
+_SHAPES = f'h: N H W E, taps: {len(TAP_OFFSETS)} E'
+
 define(
     'state_fusion(Tensor h, Tensor taps) -> Tensor',
+    _SHAPES,
     state_fusion_reference,
     lambda h, taps: h.new_empty(h.shape),
 )
 define(
     'state_fusion_backward(Tensor dg, Tensor h, Tensor taps) -> (Tensor dh, Tensor dtaps)',
+    f'dg: N H W E, {_SHAPES}',
     state_fusion_backward_reference,
     lambda dg, h, taps: (h.new_empty(h.shape), taps.new_empty(taps.shape)),
 )

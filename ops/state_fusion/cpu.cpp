@@ -150,7 +150,7 @@ class FusionBackward {
 };
 
 void check_inputs(const at::Tensor& h, const at::Tensor& taps) {
-  check_dim("h", h, 4);
+  check_map("h", h, 4);
   check_tensor("taps", taps, {TAPS, h.size(3)}, at::toOpMathType(h.scalar_type()));
 }
 

@@ -316,7 +316,7 @@ def adjoint_border_kernel(
                 for i in range(rows):
                     for j in range(columns):
                         token = (first_y + i <= last_y) & (first_x + j <= last_x)
-                        at = (first_y + i).to(tl.int64) * W + first_x + j
+                        at = ((first_y + i) * W + first_x + j).to(tl.int64)
                         dh += tap * _load(dg_ptr, n * H * W, at, e, token[:, None] & channels[None, :], E, True)
     _store(dh_ptr, dh, n * H * W, y.to(tl.int64) * W + x, e, channels[None, :], E, True)
 
@@ -390,7 +390,8 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     launch(adjoint_kernel, programs, dg, taps, dh, H, W, E, **constants)
     launch(
         adjoint_border_kernel, N * 4 * triton.cdiv(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
-        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_warps=4 if constants['EVEN'] else 8,
+        EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_stages=1,
+        num_warps=1 if constants['EVEN'] else 4,
     )  # fmt: skip
     return dh, dtaps.sum(0), dC.sum(0) if observed else None
 

@@ -85,9 +85,15 @@ def _backward(ctx, dy):
     return torch.ops.mmspatialmamba.structure_aware_ssm_backward(dy, *ctx.saved_tensors)
 
 
+_SHAPES = (
+    'u: N H W E, dt: N H W R, B: N H W 1, C: N H W 1, dt_weight: E R, dt_bias: E, A: E, D: E,'
+    f' taps: {len(TAP_OFFSETS)} E'
+)
+
 define(
     'structure_aware_ssm(Tensor u, Tensor dt, Tensor B, Tensor C, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D,'
     ' Tensor taps) -> Tensor',
+    _SHAPES,
     structure_aware_ssm_reference,
     lambda u, *inputs: u.new_empty(u.shape),
 )
@@ -95,6 +101,7 @@ define(
     'structure_aware_ssm_backward(Tensor dy, Tensor u, Tensor dt, Tensor B, Tensor C, Tensor dt_weight, Tensor dt_bias,'
     ' Tensor A, Tensor D, Tensor taps) -> (Tensor du, Tensor ddt, Tensor dB, Tensor dC, Tensor ddt_weight,'
     ' Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dtaps)',
+    f'dy: N H W E, {_SHAPES}',
     structure_aware_ssm_backward_reference,
     lambda dy, *inputs: tuple(x.new_empty(x.shape) for x in inputs),
 )

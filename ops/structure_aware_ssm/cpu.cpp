@@ -43,7 +43,7 @@ struct Inputs {
         A(A.contiguous()),
         D(D.contiguous()),
         taps(taps.contiguous()) {
-    check_dim("u", u, 4);
+    check_map("u", u, 4);
     check_dim("dt", dt, 4);
     const int64_t N = u.size(0), H = u.size(1), W = u.size(2), E = u.size(3), R = dt.size(3);
     const auto dtype = u.scalar_type(), acc_dtype = at::toOpMathType(dtype);
