@@ -25,7 +25,7 @@ ERRORS = (RuntimeError, TypeError, ValueError, IndexError)  # NotImplementedErro
 SIZES = {'N': 2, 'H': 3, 'W': 4, 'L': 12, 'E': 19, 'R': 2, 'd': 6, 'F': 24, 'stride': 1}
 SCALARS = {
     'eps': 1e-5, 'out_eps': 1e-5, 'activation': 'silu', 'relu_input': True, 'residual': True,
-    'with_out': True, 'keep': True, 'keep_hidden': True,
+    'with_out': True, 'keep': True, 'parameters': True, 'dtype': torch.float32,
 }  # fmt: skip
 BAD_SCALARS = [
     *(('eps', value) for value in (-1.0, 0.0, 1e308, -1e308, math.inf, math.nan)),
@@ -48,7 +48,11 @@ def size(word, sizes):
 
 def arguments_of(name, **sizes):
     """Arguments of an op that fit together, by name, in order; with some sizes others than `SIZES`."""
-    return dict(_arguments_of(name, *(SIZES | sizes).items()))
+    arguments = dict(_arguments_of(name, *(SIZES | sizes).items()))
+    if 'kept' in arguments:  # what forward keeps depends on the implementation
+        outputs = call(name.removesuffix('_backward'), arguments_of(name.removesuffix('_backward'), **sizes))
+        arguments['kept'] = [] if isinstance(outputs, Exception) else list(outputs[1:])
+    return arguments
 
 
 @lru_cache
@@ -59,10 +63,11 @@ def _arguments_of(name, *sizes):
     arguments = {}
     for argument in getattr(OPS, name).default._schema.arguments:
         if argument.name in shapes:
-            shape = [size(word, sizes) for word in shapes[argument.name]]
+            words = [word for one in shapes[argument.name] for word in (('N', 'H', 'W') if one == '...' else (one,))]
+            shape = [size(word, sizes) for word in words]
             arguments[argument.name] = 0.3 * torch.randn(shape, generator=generator)
         else:
-            arguments[argument.name] = (SCALARS | sizes)[argument.name]
+            arguments[argument.name] = None if argument.name == 'kept' else (SCALARS | sizes)[argument.name]
     return arguments
 
 
@@ -72,7 +77,8 @@ def call(name, arguments):
         outputs = getattr(OPS, name)(*arguments.values())
     except ERRORS as error:
         return error
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
 
 
 @pytest.fixture(scope='module', params=IMPLEMENTATIONS)
@@ -126,8 +132,8 @@ def test_sizes_that_do_not_fit(name, step):
             if word not in elsewhere and not isinstance(word, int):
                 continue
             arguments = arguments_of(name)
-            full = arguments[tensor]
-            arguments[tensor] = one_more(full, dim) if step == 1 else full.narrow(dim, 0, full.shape[dim] - 1)
+            full, axis = arguments[tensor], dim - len(words)
+            arguments[tensor] = one_more(full, axis) if step == 1 else full.narrow(axis, 0, full.shape[axis] - 1)
             assert isinstance(call(name, arguments), ERRORS), f'{tensor}, dimension {dim}'
 
 
@@ -138,8 +144,11 @@ DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.compl
 
 @each_op
 def test_number_of_dimensions(name):
+    any_leading = [tensor for _, tensor, words in SHAPES[name].tensors if words[0] == '...']
     for _, tensor, _ in SHAPES[name].tensors:
         for index, change in enumerate(DIMENSIONS):
+            if any_leading == [tensor] and index in (0, 2):
+                continue
             arguments = arguments_of(name)
             arguments[tensor] = change(arguments[tensor])
             assert isinstance(call(name, arguments), ERRORS), f'{tensor}, change {index}'

@@ -167,19 +167,22 @@ MLP_MEASURED = {torch.float64: 6.7e-16, torch.float32: 1.2e-6, torch.bfloat16: 9
 def test_parity_mlp(tokens, dtype):
     for channels in CHANNELS[1:]:
         x, norm_weight, norm_bias, *parameters = mlp_arguments(tokens, channels, dtype)
-        # The matrices and the second bias in the dtype of the map, as the public function passes them.
-        parameters = [p if i == 1 else p.to(dtype) for i, p in enumerate(parameters)]
+        # Matrices and biases in the dtype of the map, as the public function passes them.
+        weight1, bias1, weight2, bias2 = (parameter.to(dtype) for parameter in parameters)
         scale = torch.linspace(0, 2, tokens, dtype=torch.float64).to(dtype)
-        arguments = (x, norm_weight, norm_bias, 1e-5, *parameters, scale)
-        out, hidden = OPS.mlp(*arguments, True)
+        norm, arguments = (x, norm_weight, norm_bias, 1e-5), (weight1, bias1, weight2, bias2, scale)
+        out, kept = OPS.mlp(*norm, *arguments, True)
         dout = gradient_like(out)
-        actual = (out, hidden, *OPS.mlp_backward(dout, *arguments[:-2], scale, hidden))
-        exact = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
-        expected = mlp_reference(*exact, True)
-        expected = (*expected, *mlp_backward_reference(dout.double(), *exact[:-2], exact[-1], expected[1]))
+        actual = (out, *OPS.mlp_backward(dout, *norm, weight1, weight2, scale, kept, True))
+        exact_norm, exact = (
+            [x.double() if isinstance(x, torch.Tensor) else x for x in part] for part in (norm, arguments)
+        )
+        wanted, kept = mlp_reference(*exact_norm, *exact, True)
+        weight1, _, weight2, _, scale = exact
+        expected = (wanted, *mlp_backward_reference(dout.double(), *exact_norm, weight1, weight2, scale, kept, True))
         for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert relative_error(one, other) < 10 * MLP_MEASURED[dtype], f'output {index}'
-        assert torch.equal(OPS.mlp(*arguments, False)[0], out)
+        assert torch.equal(OPS.mlp(*norm, *arguments, False)[0], out)
 
 
 @pytest.mark.parametrize('rank', [1, 2, 9, 32])

@@ -60,7 +60,7 @@ def test_a_batch_of_one_trains():
 def test_a_batch_of_one_pixel_trains_with_frozen_batch_norm(arguments):
     model = backbone(**arguments).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    backward(model, image(1, 1))
+    backward(model, image(1, 1).requires_grad_())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..checks import check_parameter, check_tensor, refuse_forward_mode
-from ..library import LIBRARY, define, refuse_double_backward, register_autograd
+from ..library import LIBRARY, REFERENCES, define, refuse_double_backward, register_autograd
 from ..state_fusion.taps import TAP_OFFSETS
 from .reference import fusion_taps_backward_reference, fusion_taps_reference
 
@@ -63,4 +63,4 @@ define(
 register_autograd('fusion_taps', _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 refuse_double_backward('fusion_taps_backward')
 # A GPU is kept waiting by a dozen launches for 25 values a channel; a CPU is not, and its autograd needs no formula.
-LIBRARY.impl('fusion_taps', fusion_taps_reference, 'AutogradCPU')
+LIBRARY.impl('fusion_taps', REFERENCES['fusion_taps'], 'AutogradCPU')

@@ -3,7 +3,15 @@
 import torch
 
 from ..checks import check_parameter, check_tensor, refuse_forward_mode
-from ..library import LIBRARY, accumulation_dtype, define, matmul_dtype, refuse_double_backward, register_autograd
+from ..library import (
+    LIBRARY,
+    REFERENCES,
+    accumulation_dtype,
+    define,
+    matmul_dtype,
+    refuse_double_backward,
+    register_autograd,
+)
 from .reference import layer_norm_backward_reference, layer_norm_reference
 
 
@@ -91,4 +99,4 @@ register_autograd('layer_norm', _backward, _setup_context)
 refuse_double_backward('layer_norm_backward')
 # On a CPU PyTorch's own LayerNorm is one pass each way already: its own autograd spares a call of Python, and
 # torch.compile and torch.export see a standard layer.
-LIBRARY.impl('layer_norm', layer_norm_reference, 'AutogradCPU')
+LIBRARY.impl('layer_norm', REFERENCES['layer_norm'], 'AutogradCPU')

@@ -20,9 +20,10 @@ def layer_norm_backward_reference(dout, x, mean, inverse, weight, bias) -> tuple
         dx, and those of weight and bias as the rows of one tensor (2, E), so that partial sums of both are added at
         once; 0 for one that is not there.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    # On a CPU PyTorch's formula reads its tensors as if they were contiguous.
+    wide, dout, mean, inverse = (tensor.to(mean.dtype).contiguous() for tensor in (x, dout, mean, inverse))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout.to(wide.dtype), wide, x.shape[-1:], mean, inverse, weight, bias,
+        dout, wide, x.shape[-1:], mean, inverse, weight, bias,
         [True, weight is not None, bias is not None],
     )  # fmt: skip
     zeros = mean.new_zeros(x.shape[-1])

@@ -42,7 +42,7 @@ def ssm_layer_backward_reference(
     du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     del dy
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
-    dx_weight = dsteps.T @ u.view(-1, E) if parameters else none
+    dx_weight = dsteps.T @ u.reshape(-1, E) if parameters else none
     du.view(-1, E).addmm_(dsteps, x_weight)
     dbefore, dconv = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
     del du
