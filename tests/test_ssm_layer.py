@@ -10,14 +10,17 @@ from oracles import GRIDS, layer_arguments, layer_norm, require_grad, rms_error,
 OPS = torch.ops.mmspatialmamba
 
 # Of the result and of a gradient: at most ten times the largest relative root mean square error of a tensor measured
-# over GRIDS with eight channels, which was 5.2e-16, 2.2e-7, 8.0e-3, 1.0e-3 and 8.0e-15, 5.2e-6, 3.8e-2, 5.5e-3, and
-# always below 5e-2. In 16 bits the maps between the parts are rounded one after the other.
+# with eight channels, which was 5.2e-16, 2.2e-7, 4.2e-3, 6e-4 and 8.0e-15, 5.2e-6, 2.0e-2, 4.7e-3, and always below
+# 5e-2. In 16 bits the maps between the parts are rounded one after the other.
 TOLERANCES = {
     torch.float64: (5.2e-15, 6.3e-14),
     torch.float32: (2.2e-6, 5.2e-5),
-    torch.bfloat16: (4.5e-2, 4.8e-2),
-    torch.float16: (1.0e-2, 4.5e-2),
+    torch.bfloat16: (4.2e-2, 4.8e-2),
+    torch.float16: (6e-3, 4.5e-2),
 }
+LARGE_GRIDS = ((40, 30), (31, 17))
+"""For 16 bits: gradients of parameters are sums over tokens, whose roundings average out where there are many."""
+
 NAMES = (
     'out', 'dx', 'dnorm_weight', 'dnorm_bias', 'din_weight', 'dconv_weight', 'dconv_bias', 'dx_weight', 'ddt_weight',
     'ddt_bias', 'dA', 'dD', 'dtaps', 'dout_norm_weight', 'dout_norm_bias', 'dout_weight',
@@ -70,7 +73,7 @@ def assert_below_tolerance(found, dtype):
 
 @pytest.mark.parametrize(
     ('grid', 'dtype'),
-    [(grid, dtype) for grid in GRIDS for dtype in TOLERANCES if dtype.itemsize > 2 or grid[0] * grid[1] >= 20],
+    [(grid, dtype) for dtype in TOLERANCES for grid in (GRIDS if dtype.itemsize > 2 else LARGE_GRIDS)],
     ids=str,
 )
 def test_op_equals_the_equation(grid, dtype):

@@ -18,10 +18,13 @@ from torch.distributed.tensor import DTensor
 from ..ops import mlp, ssm_layer
 from ..ops.library import matmul_dtype
 from .block import Block
-from .layers import ConvNorm
+from .layers import ConvNorm, LayerNorm
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd)
 """BatchNorm as built, and what conversions to and from SyncBN make of it."""
+
+EQUIVALENT = (BATCH_NORMS, (LayerNorm, nn.LayerNorm))
+"""Classes that compute the same, so that either may be held."""
 
 READ_OPTIONS = {'eps', 'momentum', 'drop_prob', 'process_group'}
 """Options of held layers that a fused forward reads in each call, so that they may be set."""
@@ -245,7 +248,7 @@ def _check(name: str, module: nn.Module) -> None:
         raise ValueError(f'fuse: {name} must have the forward of its class, got one of its own')
     for path, twin in _layers_to_hold(built):
         full, layer = f'{name}.{path}' if name else path, layers.get(path)
-        kinds = BATCH_NORMS if type(twin) in BATCH_NORMS else (type(twin),)
+        kinds = next((kinds for kinds in EQUIVALENT if type(twin) in kinds), (type(twin),))
         if type(layer) not in kinds:
             raise ValueError(f'fuse: {full} must be a {_kinds(kinds)}, got {type(layer).__name__}')
         if set(layer._modules) != set(twin._modules):
