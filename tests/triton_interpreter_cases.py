@@ -382,7 +382,7 @@ def scan_cases():
         u, delta, A, B = scan_arguments(53, 20, torch.float32)
         delta.fill_(0.02)
         delta[:, 5::16] = strong
-        record('selective_scan', noise(u), u, delta, A, B)
+        record('scan_states', noise(u), u, delta, A, B)
 
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)
