@@ -19,9 +19,9 @@ def passes():
     return launch_report.record_block(64, GRID, 2, drop_path_rate=0.1)
 
 
-@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 63, 2850)])
+@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 61, 2800)])
 def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
-    """At most so many launches and MiB: 34 and 1138 forward, 63 and 2807 backward were counted."""
+    """At most so many launches and MiB: 34 and 1138 forward, 61 and 2747 backward were counted."""
     assert len(passes[index]) <= launches, [launch.kernel for launch in passes[index]]
     assert sum(launch.bytes for launch in passes[index]) <= mib * MIB
 
@@ -30,8 +30,8 @@ def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
     ('kernel', 'index', 'count'),
     [
         ('conv_kernel', 0, 3),
-        ('conv_parameters_kernel', 1, 3),
-        ('conv_adjoint_kernel', 1, 3),
+        ('conv_activation_kernel', 1, 1),
+        ('conv_backward_kernel', 1, 3),
         ('layer_norm_kernel', 0, 2),
         ('layer_norm_backward_kernel', 1, 2),
         ('gated_norm_kernel', 0, 1),
@@ -56,8 +56,8 @@ def test_maps_that_a_kernel_touches():
     size = 2 * 128 * GRID[0] * GRID[1] * 2
     touched = {launch.kernel: launch.bytes / size for launch in recorder.launches}
     assert touched['conv_kernel'] == pytest.approx(2, rel=0.01)
-    assert touched['conv_adjoint_kernel'] == pytest.approx(4, rel=0.01)  # dy and x, which it does not touch, with it
-    assert touched['conv_parameters_kernel'] == pytest.approx(3.2, rel=0.1)
+    assert touched['conv_activation_kernel'] == pytest.approx(3.2, rel=0.1)  # partial sums with it
+    assert touched['conv_backward_kernel'] == pytest.approx(4.2, rel=0.1)  # with dy, x and sums, which it leaves alone
 
 
 def test_views_and_allocations_are_free_and_the_rest_is_not():

@@ -29,7 +29,7 @@ pytest.importorskip('triton', reason='Triton is not installed')
 # Ten times the largest relative error of any output in the interpreter, against the reference in float64. The
 # measurement beside: of the outputs in the dtype of u, then of those in float32 (A, D, taps, dt, parameters).
 TOLERANCES = {
-    ('depthwise_conv', 'float32'): (2.5e-6, 2.5e-6),  # 2.5e-7, 2.5e-7
+    ('depthwise_conv', 'float32'): (2.5e-6, 3e-6),  # 2.3e-7, 3.0e-7
     ('depthwise_conv', 'bfloat16'): (7e-2, 1.3e-6),  # 7.4e-3, 1.3e-7; the gradient between two passes is rounded
     ('depthwise_conv', 'float16'): (4.3e-3, 1.4e-6),  # 4.3e-4, 1.4e-7
     ('fusion_taps', 'float32'): (2e-6, 0),  # 2.1e-7; all in the dtype of the kernels
@@ -183,7 +183,7 @@ def test_compiles_without_spills(groups, group):
             f'{row["kernel"]:22} {row["dtype"]:5} {rank!s:>4} {row["warps"]:5} {row["registers"]:9}'
             f' {row["spilled"]:7} {row["shared"]:6}'
         )
-    assert len({row['kernel'] for row in rows}) == 17
+    assert len({row['kernel'] for row in rows}) == 19
     for row in rows:
         assert not row['spilled'], row
         # 227 KiB of shared memory a block on Hopper, 163 on Ampere's A100

@@ -103,7 +103,7 @@ def shrink_blocks():
     triton_scan.DOT_BLOCK = (16, 16)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
-    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, 2
+    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, (2, 2)
 
 
 def run(name, *arguments):
@@ -382,7 +382,7 @@ def scan_cases():
         u, delta, A, B = scan_arguments(53, 20, torch.float32)
         delta.fill_(0.02)
         delta[:, 5::16] = strong
-        record('selective_scan', noise(u), u, delta, A, B)
+        record('scan_states', noise(u), u, delta, A, B)
 
     starts = triton_scan.Scan._starts
     triton_scan.Scan._starts = lambda scan, x, adjoint: torch.zeros(scan.N, scan.chunks, scan.E)

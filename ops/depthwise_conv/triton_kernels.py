@@ -6,9 +6,10 @@ the tile that has a tap there (4.5 loads a value of 4 rows, all but the first fr
 registers for all tiles: in memory the nine of a channel lie together, so that each is a load of 4 bytes. All loops
 over a tile are unrolled.
 
-Backward is two passes. The first computes the convolution again where there is an activation, writes the gradient
-before the activation, and sums the gradients of weight and bias; the second is the adjoint. In a 16-bit dtype the first
-moves 6 bytes a value and the second 4; the gradient between them is rounded, as it is by PyTorch's own functions.
+Backward is one pass without an activation: the neighbours of a pixel are read once, for its gradient and for those of
+the taps. With one, a pass before it computes the convolution again, writes the gradient before the activation, and sums
+those of weight and bias. In a 16-bit dtype each pass moves 6 bytes a value, or 4 after another one; the gradient
+between them is rounded, as it is by PyTorch's own functions, but not what the sums are made of.
 
 All arithmetic is float32. The sums leave each program in a place of their own and are added in a fixed order
 afterwards: no atomics, the same bits in every run. The first pixel of a row has a 64-bit offset. Block sizes and warps
@@ -22,8 +23,8 @@ import triton.language as tl
 from ..triton_backend import launch, register
 from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
 
-BLOCK_H = 4
-"""Rows of a tile."""
+BLOCK_H = (4, 2)
+"""Rows of a tile of the output, for strides 1 and 2: then it has twice the rows and columns of the input."""
 BLOCK_VALUES = 512
 """Values of a row of a tile, 4 a thread: columns times channels."""
 BLOCK_E = (64, 32)
@@ -173,34 +174,63 @@ def conv_kernel(
             _store(y_ptr + (y_start + i * y_pitch), y, columns, e, inside, E)
 
 
+@triton.jit
+def _add_products(sums, x, dpre, kx: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Adds the products of each two rows to the gradient of the tap between them, if there is one.
+
+    One of x and dpre is a row of a map, the other one the rows i of a tile; the tap is as in `_add_taps`.
+    """
+    updated = ()
+    for k in tl.static_range(len(sums)):
+        total = sums[k]
+        for i in tl.static_range(len(x)):
+            if k == (FIRST + STEP * i) * SIDE + kx and FIRST + STEP * i >= 0:
+                total += x[i] * dpre
+        updated += (total,)
+    return updated
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Returns a tuple of rows of zeros."""
+    rows = ()
+    for _ in tl.static_range(COUNT):
+        rows += (tl.zeros((BLOCK_W, BLOCK_E), tl.float32),)
+    return rows
+
+
+@triton.jit
+def _store_sums(sums_ptr, dweight, dbias, e, channels, E):
+    """Stores what this program adds to the gradient of the weight, (E, 9), and to that of the bias after it, (E,)."""
+    sums_ptr += (tl.program_id(0) // tl.cdiv(E, e.shape[0])).to(tl.int64) * (TAPS + 1) * E
+    for k in tl.static_range(TAPS):
+        tl.store(sums_ptr + e * TAPS + k, tl.sum(dweight[k], 0), mask=channels)
+    tl.store(sums_ptr + TAPS * E + e, tl.sum(dbias, 0), mask=channels)
+
+
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=['tiles'])
-def conv_parameters_kernel(
+def conv_activation_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, dpre_ptr, sums_ptr, N, H, W, E, tiles, stride_t,
     STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RELU_INPUT: tl.constexpr,
     WITH_BIAS: tl.constexpr, EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradient before the activation of some tiles and what they add to those of weight and bias.
+    """Computes the gradient before the activation of some tiles and, before it is rounded, the sums of the parameters.
 
     Grid: blocks of tiles x channel blocks. Reads dy of its tiles, and x of its tiles and of the rows and columns around
-    them; writes dpre of its tiles, if there is an activation, and sums (blocks of tiles, 10 E): the gradient of the
-    weight, (E, 9), then that of the bias, (E,).
+    them; writes dpre, and sums (blocks of tiles, 10 E), see `_store_sums`.
     """
     first, e, channels = _locate(E, tiles, EXACT, BLOCK_E)
     columns = tl.arange(0, BLOCK_W)
-    H_out, W_out = tl.cdiv(H, STRIDE), tl.cdiv(W, STRIDE)
-    if ACTIVATION != 'none':
-        taps = _load_taps(weight_ptr, e, channels)
-        bias = _load_bias(bias_ptr, e, channels, WITH_BIAS)
-    dweight = ()
-    for _ in tl.static_range(TAPS):
-        dweight += (tl.zeros((BLOCK_W, BLOCK_E), tl.float32),)
+    taps = _load_taps(weight_ptr, e, channels)
+    bias = _load_bias(bias_ptr, e, channels, WITH_BIAS)
+    dweight = _zeros(TAPS, BLOCK_W, BLOCK_E)
     dbias = tl.zeros((BLOCK_W, BLOCK_E), tl.float32)
+    H_out, W_out = tl.cdiv(H, STRIDE), tl.cdiv(W, STRIDE)
     for tile in range(first, first + tiles):
         n, y0, x0 = _place(tile, H_out, W_out, BLOCK_H, BLOCK_W)
-        if ACTIVATION != 'none':
-            pre = _convolve(
-                x_ptr, taps, bias, n, y0, x0, columns, e, channels, N, H, W, stride_t, STRIDE, RELU_INPUT, BLOCK_H
-            )
+        pre = _convolve(
+            x_ptr, taps, bias, n, y0, x0, columns, e, channels, N, H, W, stride_t, STRIDE, RELU_INPUT, BLOCK_H
+        )
         y_start, y_pitch = _start(n, y0, x0, H_out, W_out, E)
         gradients = ()
         for i in tl.static_range(BLOCK_H):
@@ -208,51 +238,40 @@ def conv_parameters_kernel(
             dpre = _load(dy_ptr + (y_start + i * y_pitch), columns, e, inside, E)
             if ACTIVATION == 'silu':
                 sigmoid = tl.sigmoid(pre[i])
-                slope = sigmoid * (1.0 + pre[i] * (1.0 - sigmoid))
                 # Beyond the map pre may be NaN, from the border's.
-                dpre = tl.where(inside, dpre * slope, 0.0)
-            elif ACTIVATION == 'relu':
+                dpre = tl.where(inside, dpre * sigmoid * (1.0 + pre[i] * (1.0 - sigmoid)), 0.0)
+            else:
                 dpre = tl.where(pre[i] <= 0.0, 0.0, dpre)
-            if ACTIVATION != 'none':
-                _store(dpre_ptr + (y_start + i * y_pitch), dpre, columns, e, inside, E)
+            _store(dpre_ptr + (y_start + i * y_pitch), dpre, columns, e, inside, E)
             dbias += dpre
             gradients += (dpre,)
-        x_start, pitch = _start(n, STRIDE * y0, STRIDE * x0, H, W, stride_t)
+        x_start, x_pitch = _start(n, STRIDE * y0, STRIDE * x0, H, W, stride_t)
         for kx in tl.static_range(SIDE):
             for row in tl.static_range(-1, STRIDE * (BLOCK_H - 1) + 2):
                 at = STRIDE * columns + kx - 1
                 inside = _inside(n, STRIDE * y0 + row, STRIDE * x0 + at, channels, N, H, W)
-                x = _load(x_ptr + (x_start + row * pitch), at, e, inside, stride_t)
-                if RELU_INPUT:
-                    x = _relu(x)
-                updated = ()
-                for k in tl.static_range(TAPS):
-                    total = dweight[k]
-                    for i in tl.static_range(BLOCK_H):
-                        if k == (row + 1 - STRIDE * i) * SIDE + kx:
-                            total += gradients[i] * x
-                    updated += (total,)
-                dweight = updated
-    sums_ptr += (tl.program_id(0) // tl.cdiv(E, BLOCK_E)).to(tl.int64) * (TAPS + 1) * E
-    for k in tl.static_range(TAPS):
-        tl.store(sums_ptr + e * TAPS + k, tl.sum(dweight[k], 0), mask=channels)
-    tl.store(sums_ptr + TAPS * E + e, tl.sum(dbias, 0), mask=channels)
+                x = _load(x_ptr + (x_start + row * x_pitch), at, e, inside, stride_t)
+                dweight = _add_products(dweight, gradients, _relu(x) if RELU_INPUT else x, kx, row + 1, -STRIDE)
+    _store_sums(sums_ptr, dweight, dbias, e, channels, E)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=['tiles'])
-def conv_adjoint_kernel(
-    dpre_ptr, dy_ptr, x_ptr, weight_ptr, dx_ptr, N, H, W, E, tiles, stride_t,
-    STRIDE: tl.constexpr, RELU_INPUT: tl.constexpr, RESIDUAL: tl.constexpr,
+def conv_backward_kernel(
+    dpre_ptr, dy_ptr, x_ptr, weight_ptr, dx_ptr, sums_ptr, N, H, W, E, tiles, stride_t,
+    STRIDE: tl.constexpr, RELU_INPUT: tl.constexpr, RESIDUAL: tl.constexpr, WITH_SUMS: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradient of x from that before the activation, for some tiles.
 
     Grid: blocks of tiles x channel blocks, of the output's map. Reads dpre of its tiles and of the rows and columns
-    around them and, where they matter, dy and x; writes dx, with stride 2 of two rows and columns for each of its own.
+    around them and, where they matter, dy and x; writes dx, with stride 2 of two rows and columns for each of its own,
+    and, if WITH_SUMS, sums (blocks of tiles, 10 E), see `_store_sums`: neighbours that are read once serve both.
     """
     first, e, channels = _locate(E, tiles, EXACT, BLOCK_E)
     columns = tl.arange(0, BLOCK_W)
     taps = _load_taps(weight_ptr, e, channels)
+    dweight = _zeros(TAPS, BLOCK_W, BLOCK_E)
+    dbias = tl.zeros((BLOCK_W, BLOCK_E), tl.float32)
     H_out, W_out = tl.cdiv(H, STRIDE), tl.cdiv(W, STRIDE)
     for tile in range(first, first + tiles):
         n, y0, x0 = _place(tile, H_out, W_out, BLOCK_H, BLOCK_W)
@@ -261,26 +280,35 @@ def conv_adjoint_kernel(
         dx_start, dx_pitch = _start(n, STRIDE * y0, STRIDE * x0, H, W, E)
         for py in tl.static_range(STRIDE):
             for px in tl.static_range(STRIDE):
-                totals = ()
-                for _ in tl.static_range(BLOCK_H):
-                    totals += (tl.zeros((BLOCK_W, BLOCK_E), tl.float32),)
+                across = STRIDE * columns + px
+                dx = _zeros(BLOCK_H, BLOCK_W, BLOCK_E)
+                x = ()
+                if WITH_SUMS or RELU_INPUT:
+                    for i in tl.static_range(BLOCK_H):
+                        inside = _inside(n, STRIDE * (y0 + i) + py, STRIDE * x0 + across, channels, N, H, W)
+                        value = _load(x_ptr + (x_start + (STRIDE * i + py) * x_pitch), across, e, inside, stride_t)
+                        x += (_relu(value) if RELU_INPUT else value,)
                 for kx in tl.static_range(SIDE):
                     if (px + 1 - kx) % STRIDE == 0:
                         for row in tl.static_range(STRIDE - 2, BLOCK_H + 2 - STRIDE + py):
                             at = columns + (px + 1 - kx) // STRIDE
                             inside = _inside(n, y0 + row, x0 + at, channels, N, H_out, W_out)
                             dpre = _load(dpre_ptr + (y_start + row * y_pitch), at, e, inside, E)
-                            totals = _add_taps(totals, dpre, taps, kx, py + 1 - STRIDE * row, STRIDE)
-                at = STRIDE * columns + px
+                            dx = _add_taps(dx, dpre, taps, kx, py + 1 - STRIDE * row, STRIDE)
+                            if WITH_SUMS:
+                                dweight = _add_products(dweight, x, dpre, kx, py + 1 - STRIDE * row, STRIDE)
+                                if py == 0 and kx == 1 and row >= 0 and row < BLOCK_H:
+                                    dbias += dpre
                 for i in tl.static_range(BLOCK_H):
-                    inside = _inside(n, STRIDE * (y0 + i) + py, STRIDE * x0 + at, channels, N, H, W)
-                    dx = totals[i]
+                    inside = _inside(n, STRIDE * (y0 + i) + py, STRIDE * x0 + across, channels, N, H, W)
+                    gradient = dx[i]
                     if RESIDUAL:
-                        dx += _load(dy_ptr + (y_start + i * y_pitch), columns, e, inside, E)
+                        gradient += _load(dy_ptr + (y_start + i * y_pitch), columns, e, inside, E)
                     if RELU_INPUT:
-                        x = _load(x_ptr + (x_start + (STRIDE * i + py) * x_pitch), at, e, inside, stride_t)
-                        dx = tl.where(x <= 0.0, 0.0, dx)
-                    _store(dx_ptr + (dx_start + (STRIDE * i + py) * dx_pitch), dx, at, e, inside, E)
+                        gradient = tl.where(x[i] <= 0.0, 0.0, gradient)
+                    _store(dx_ptr + (dx_start + (STRIDE * i + py) * dx_pitch), gradient, across, e, inside, E)
+    if WITH_SUMS:
+        _store_sums(sums_ptr, dweight, dbias, e, channels, E)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
@@ -293,13 +321,14 @@ def _launch(shape: torch.Size, stride: int) -> tuple[int, int, int, dict[str, in
     """Returns tiles a program, their blocks, programs and constants of the kernels for an input (N, H, W, E)."""
     N, H, W, E = shape
     wide, narrow = BLOCK_E
+    rows = BLOCK_H[stride - 1]
     channels = wide if E % wide == 0 else narrow
     columns = BLOCK_VALUES // channels
     blocks = triton.cdiv(E, channels)
-    all_tiles = N * triton.cdiv(triton.cdiv(H, stride), BLOCK_H) * triton.cdiv(triton.cdiv(W, stride), columns)
+    all_tiles = N * triton.cdiv(triton.cdiv(H, stride), rows) * triton.cdiv(triton.cdiv(W, stride), columns)
     tiles = max(1, all_tiles * blocks // TARGET_PROGRAMS)
     constants = {
-        'STRIDE': stride, 'EXACT': E % channels == 0, 'BLOCK_H': BLOCK_H, 'BLOCK_W': columns, 'BLOCK_E': channels,
+        'STRIDE': stride, 'EXACT': E % channels == 0, 'BLOCK_H': rows, 'BLOCK_W': columns, 'BLOCK_E': channels,
         'num_warps': NUM_WARPS, 'num_stages': 1,
     }  # fmt: skip
     token_blocks = triton.cdiv(all_tiles, tiles)
@@ -329,17 +358,19 @@ def depthwise_conv_backward(
     N, H, W, E = x.shape
     pixels, dy, weight = _pixels(x), dy.contiguous(), weight.contiguous()
     tiles, blocks, programs, constants = _launch(x.shape, stride)
-    dpre = dy if activation == 'none' else torch.empty(dy.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(blocks, (KERNEL + 1) * E, dtype=torch.float32, device=x.device)
     sizes = (N, H, W, E, tiles, pixels.stride(0))
-    launch(
-        conv_parameters_kernel, programs, dy, pixels, weight, weight if bias is None else bias.contiguous(), dpre, sums,
-        *sizes, ACTIVATION=activation, RELU_INPUT=relu_input, WITH_BIAS=bias is not None, **constants,
-    )  # fmt: skip
+    sums = torch.empty(blocks, (KERNEL + 1) * E, dtype=torch.float32, device=x.device)
+    activated, dpre = activation != 'none', dy
+    if activated:
+        dpre = torch.empty(dy.shape, dtype=x.dtype, device=x.device)
+        launch(
+            conv_activation_kernel, programs, dy, pixels, weight, weight if bias is None else bias.contiguous(), dpre,
+            sums, *sizes, ACTIVATION=activation, RELU_INPUT=relu_input, WITH_BIAS=bias is not None, **constants,
+        )  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
-        conv_adjoint_kernel, programs, dpre, dy, pixels, weight, dx, *sizes,
-        RELU_INPUT=relu_input, RESIDUAL=residual, **constants,
+        conv_backward_kernel, programs, dpre, dy, pixels, weight, dx, sums, *sizes,
+        RELU_INPUT=relu_input, RESIDUAL=residual, WITH_SUMS=not activated, **constants,
     )  # fmt: skip
     return dx, sums.sum(0)
 
