@@ -9,7 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_reference
+from mmspatialmamba.ops.fusion_taps.reference import fusion_taps_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_reference
+from mmspatialmamba.ops.layer_norm.reference import layer_norm_reference
 from mmspatialmamba.ops.library import REFERENCES
 from mmspatialmamba.ops.mlp.reference import mlp_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_reference
@@ -56,6 +58,17 @@ def fusion_case(dtype):
     return arguments[0], arguments[-1]
 
 
+def taps_case(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(CHANNELS, 1, 3, 3)] * 3 + [(3,)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def layer_norm_case(dtype):
+    x, _, weight, bias = norm_arguments(GRID, CHANNELS, dtype)
+    return x, weight, bias
+
+
 def conv_case(**options):
     """The public function and the plain one with the options, and the arguments."""
     values = {'stride': 1, 'activation': 'none', 'relu_input': False, 'residual': False} | options
@@ -76,6 +89,8 @@ CASES = {
         lambda *tensors: gated_norm_reference(*tensors, 1e-5),
         lambda dtype: norm_arguments(GRID, CHANNELS, dtype),
     ),
+    'fusion_taps': (ops.fusion_taps, fusion_taps_reference, taps_case),
+    'layer_norm': (ops.layer_norm, lambda *x: layer_norm_reference(*x, 1e-5, torch.float64)[0], layer_norm_case),
     'mlp': (
         ops.mlp,
         lambda x, weight, bias, *others: mlp_reference(x, weight, bias, 1e-5, *others, None, False)[0],

@@ -82,7 +82,7 @@ def test_picture_of_a_model(monkeypatch, tmp_path, capsys):
     args = (QUICKSTART, '--image', tmp_path / 'image.png', '--block', 2, 1, '--grid', *GRID)
     assert run_tool(matrix, *args, '--out', tmp_path / 'out' / 'm.png', monkeypatch=monkeypatch) == 0
     printed = capsys.readouterr().out
-    assert len(re.findall(r'differs from the op by \d\.\de-1[4567] of', printed)) == 3
+    assert len(re.findall(r'differs from the op by \d\.\de-1[34567] of', printed)) == 3
     assert len(np.unique(cv2.imread(str(tmp_path / 'out' / 'm.png')).reshape(-1, 3), axis=0)) > 100
 
 
