@@ -100,7 +100,7 @@ def shrink_blocks():
     triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
     triton_scan.MIN_LENGTH, triton_scan.GROUP, triton_scan.GROUP_BACKWARD = 16, 4, 2
     triton_scan.COMBINE_BLOCK = (2, 8)
-    triton_scan.DOT_BLOCK = (16, 16)
+    triton_scan.DOT_BLOCK = (16, 32)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
     triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, (2, 2)

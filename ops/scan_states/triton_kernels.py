@@ -38,7 +38,7 @@ COMBINE_BLOCK = (256, 8)
 DOT_RANK = 16
 """Rank from which the step size is a matrix product on tensor cores: 16 is the smallest they take."""
 DOT_BLOCK = (32, 64)
-"""Tokens and channels of a tile of such a product."""
+"""Tokens and channels of a tile of such a product; half the channels above rank 32, or an A100's registers spill."""
 DOT_PROGRAMS = 1024
 """Programs that are enough for its backward; beyond, each takes several tiles of tokens: partial sums stay few."""
 
@@ -559,14 +559,14 @@ class Scan:
         """Returns the step size in float32, contiguous, (N, L, E), as a matrix product."""
         delta = self._empty(self.N, self.L, self.E)
         launch(
-            step_size_kernel, self._dot_tiles() * triton.cdiv(self.E, DOT_BLOCK[1]), self.dt, self.dt_weight,
+            step_size_kernel, self._dot_tiles() * self._dot_blocks(), self.dt, self.dt_weight,
             self.dt_bias, delta, self.L, self.E, *self.low_rank.stride()[:2], **self._dot_constants(),
         )  # fmt: skip
         return delta
 
     def _projection_gradients(self, dpre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns partial sums of ddt (any, N, L, R), and ddt_weight (E, R), from the gradient before softplus."""
-        blocks, all_tiles = triton.cdiv(self.E, DOT_BLOCK[1]), self._dot_tiles()
+        blocks, all_tiles = self._dot_blocks(), self._dot_tiles()
         tiles = max(1, blocks * all_tiles // DOT_PROGRAMS)
         ranges = triton.cdiv(all_tiles, tiles)
         ddt = self._empty(blocks, self.N, self.L, self.rank)
@@ -580,12 +580,18 @@ class Scan:
     def _dot_tiles(self) -> int:
         return self.N * triton.cdiv(self.L, DOT_BLOCK[0])
 
+    def _dot_channels(self) -> int:
+        return DOT_BLOCK[1] if self.rank <= 32 else DOT_BLOCK[1] // 2
+
+    def _dot_blocks(self) -> int:
+        return triton.cdiv(self.E, self._dot_channels())
+
     def _dot_constants(self) -> dict[str, int]:
         return {
             'RANK': self.rank,
             'BLOCK_R': max(16, triton.next_power_of_2(self.rank)),
             'BLOCK_T': DOT_BLOCK[0],
-            'BLOCK_E': DOT_BLOCK[1],
+            'BLOCK_E': self._dot_channels(),
             'num_warps': 4,
             'num_stages': 1,
         }
