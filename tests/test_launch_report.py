@@ -45,7 +45,7 @@ def test_each_op_is_one_launch_forward_and_as_few_backward(passes, kernel, index
 
 
 def test_maps_that_a_kernel_touches():
-    """A depthwise convolution with SiLU of half a map: 2 values of 2 bytes a pixel and channel, 5 backward."""
+    """A depthwise convolution with SiLU of half a map: 2 values of 2 bytes per pixel and channel, 5 backward."""
     x = torch.empty(2, *GRID, 256, dtype=torch.bfloat16, device='meta')[..., :128].requires_grad_()
     weight, bias = torch.empty(128, 1, 3, 3, device='meta'), torch.empty(128, device='meta')
     recorder = launch_report.Recorder()

@@ -143,7 +143,7 @@ def test_memory_is_linear_in_pixels(training):
     sizes = [(512, 512), (256, 2048), (2048, 256), (1024, 1024)]
     peaks = peak_memory(sizes, training, arch={'embed_dims': 16, 'depths': (1, 1, 2, 1)})
     per_pixel = [peak / (height * width) for peak, (height, width) in zip(peaks, sizes, strict=True)]
-    # Measured: 342 to 345 bytes a pixel in training, 64 to 65 in evaluation.
+    # Measured: 342 to 345 bytes per pixel in training, 64 to 65 in evaluation.
     assert max(per_pixel) < 1.1 * min(per_pixel)
 
 
@@ -152,7 +152,7 @@ def test_with_cp_saves_memory():
     """With the depths of the published tiny backbone, 18 blocks."""
     arch = {'embed_dims': 16, 'depths': (2, 4, 8, 4)}
     (plain,), (recomputed,) = (peak_memory([(512, 512)], arch=arch, with_cp=with_cp) for with_cp in (False, True))
-    assert plain > 2.4 * recomputed  # Measured: 630 and 238 bytes a pixel, a factor of 2.6.
+    assert plain > 2.4 * recomputed  # Measured: 630 and 238 bytes per pixel, a factor of 2.6.
 
 
 @pytest.mark.end_to_end
@@ -179,7 +179,7 @@ def test_many_shapes_do_not_leak():
 @pytest.mark.long
 def test_the_published_tiny_backbone_at_4096():
     (peak,) = peak_memory([(4096, 4096)], training=False, arch='tiny')
-    assert peak / 4096**2 < 280  # Measured: 254 bytes a pixel, 4.3 GB.
+    assert peak / 4096**2 < 280  # Measured: 254 bytes per pixel, 4.3 GB.
 
 
 def test_padding_in_a_batch_moves_what_is_near_it():

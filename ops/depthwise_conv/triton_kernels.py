@@ -8,7 +8,7 @@ over a tile are unrolled.
 
 Backward is one pass without an activation: the neighbours of a pixel are read once, for its gradient and for those of
 the taps. With one, a pass before it computes the convolution again, writes the gradient before the activation, and sums
-those of weight and bias. In a 16-bit dtype each pass moves 6 bytes a value, or 4 after another one; the gradient
+those of weight and bias. In a 16-bit dtype each pass moves 6 bytes per value, or 4 after another one; the gradient
 between them is rounded, as it is by PyTorch's own functions, but not what the sums are made of.
 
 All arithmetic is float32. The sums leave each program in a place of their own and are added in a fixed order

@@ -62,5 +62,5 @@ define(
 )
 register_autograd('fusion_taps', _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 refuse_double_backward('fusion_taps_backward')
-# A GPU is kept waiting by a dozen launches for 25 values a channel; a CPU is not, and its autograd needs no formula.
+# A GPU is kept waiting by a dozen launches for 25 values per channel; a CPU is not, and its autograd needs no formula.
 LIBRARY.impl('fusion_taps', REFERENCES['fusion_taps'], 'AutogradCPU')

@@ -1,6 +1,6 @@
 """Triton kernels that merge the three dilated kernels into the 25 taps, one launch each way.
 
-What they move is little: forward 52 values a channel, backward 79. In PyTorch's functions that is 6 launches forward
+What they move is little: forward 52 values per channel, backward 79. In PyTorch's functions that is 6 launches forward
 and 8 backward in each block, which a CPU takes longer to enqueue than a GPU to fuse the states.
 
 All arithmetic is float32. Backward is one program, so that the sums over all channels need no second launch.

@@ -1,7 +1,7 @@
 """Triton kernels of the gated norm, forward and backward.
 
 A program takes all channels of some tokens at a time, so that y and z are read once and each result is written once: of
-46 bytes a value that PyTorch's functions move in a 16-bit dtype, 6 are left, and in backward 12 with the output.
+46 bytes per value that PyTorch's functions move in a 16-bit dtype, 6 are left, and in backward 12 with the output.
 
 All arithmetic is float32. The sums over tokens leave each program as a partial sum in a place of its own and are added
 in a fixed order afterwards: no atomics, the same bits in every run. Token numbers are 64-bit. Block sizes and warps

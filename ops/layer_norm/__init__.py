@@ -37,7 +37,7 @@ def layer_norm(
         NotImplementedError: An argument carries a tangent of forward-mode differentiation.
 
     Note:
-        Autocast: PyTorch's LayerNorm returns float32 on a GPU, which the product after it rounds: 20 bytes a value
+        Autocast: PyTorch's LayerNorm returns float32 on a GPU, which the product after it rounds: 20 bytes per value
         where this op moves 4. Everything is computed in float32 (float64 for float64) and rounded once; weight and
         bias are converted to that dtype. Backward keeps x and, for each token, mean and inverse deviation. Two runs
         give the same bits with the Triton kernel, forward and backward; elsewhere PyTorch's own LayerNorm decides. No

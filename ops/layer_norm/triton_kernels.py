@@ -1,7 +1,7 @@
 """Triton kernels of LayerNorm, forward and backward.
 
 A program takes all channels of some tokens at a time, so that x is read once and each result is written once: in a
-16-bit dtype 4 bytes a value forward and 6 backward.
+16-bit dtype 4 bytes per value forward and 6 backward.
 
 All arithmetic is float32. The sums over tokens leave each program as a partial sum in a place of its own and are added
 in a fixed order afterwards: no atomics, the same bits in every run. Token numbers are 64-bit. Block sizes and warps
