@@ -1,5 +1,6 @@
 """What older versions of PyTorch lack. Each entry names the version that makes it unneeded."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,12 @@ is_compiling = torch.compiler.is_compiling if VERSION >= (2, 3) else torch._util
 
 # 2.5: torch.OutOfMemoryError
 OutOfMemoryError = torch.OutOfMemoryError if VERSION >= (2, 5) else torch.cuda.OutOfMemoryError
+
+
+def sharded_tensor() -> type[torch.Tensor]:
+    """Returns the class of the tensors that FSDP shards (2.5: torch.distributed.tensor)."""
+    name = 'tensor' if VERSION >= (2, 5) else '_tensor'
+    return importlib.import_module(f'torch.distributed.{name}').DTensor
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

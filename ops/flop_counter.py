@@ -8,17 +8,20 @@ again is left out.
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils import flop_counter
 
 from .flops import MULTIPLY_ADDS
 
 
 def register() -> None:
-    """Makes the ops known to the counter."""
+    """Makes the ops known to the counter, on a PyTorch whose counter can be told of ops; that of 2.1 cannot."""
+    register_formula = getattr(flop_counter, 'register_flop_formula', None)
+    if register_formula is None:
+        return
     ops = torch.ops.mmspatialmamba
     for name, count in MULTIPLY_ADDS.items():
-        register_flop_formula(getattr(ops, name))(_forward(count))
-        register_flop_formula(getattr(ops, f'{name}_backward'))(_backward(count))
+        register_formula(getattr(ops, name))(_forward(count))
+        register_formula(getattr(ops, f'{name}_backward'))(_backward(count))
 
 
 def _forward(count: Callable) -> Callable[..., int]:

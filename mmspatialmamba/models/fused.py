@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model.utils import _BatchNormXd
-from torch.distributed.tensor import DTensor
 
 from ..ops import mlp, ssm_layer
+from ..ops.compat import sharded_tensor
 from ..ops.library import matmul_dtype
 from .block import Block
 from .layers import ConvNorm, LayerNorm
@@ -25,6 +25,9 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd)
 
 EQUIVALENT = (BATCH_NORMS, (LayerNorm, nn.LayerNorm))
 """Classes that compute the same, so that either may be held."""
+
+TENSORS = (nn.Parameter, torch.Tensor, sharded_tensor())
+"""Classes of the tensors that a held layer may be given."""
 
 READ_OPTIONS = {'eps', 'momentum', 'drop_prob', 'process_group'}
 """Options of held layers that a fused forward reads in each call, so that they may be set."""
@@ -48,7 +51,7 @@ class Held:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in self._parameters or name in self._buffers:
-            if type(value) not in (nn.Parameter, torch.Tensor, DTensor):
+            if type(value) not in TENSORS:
                 _refuse(self, f'set {name} to a {type(value).__name__}')
         elif name == '__class__' or not (name.startswith('_') or name == 'training' or name in READ_OPTIONS):
             _refuse(self, f'set {name}')
