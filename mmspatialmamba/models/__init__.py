@@ -4,5 +4,6 @@ from .backbone import Backbone
 from .fused import fuse, unfuse
 from .mm_spatial_mamba import MMSpatialMamba
 from .spatial_mamba import SpatialMamba
+from .vmamba import VMamba
 
-__all__ = ['Backbone', 'MMSpatialMamba', 'SpatialMamba', 'fuse', 'unfuse']
+__all__ = ['Backbone', 'MMSpatialMamba', 'SpatialMamba', 'VMamba', 'fuse', 'unfuse']
