@@ -34,7 +34,7 @@ class VMambaStem(nn.Module):
         self.norm1 = LayerNorm(half)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(half, channels, 3, 2, 1)
-        self.norm2 = nn.LayerNorm(channels)  # under autocast in float32, as the sums of the blocks after it
+        self.norm2 = nn.LayerNorm(channels)  # float32 under autocast on a GPU, and so the sums of the blocks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps an image (N, in_channels, H, W) to (N, ceil(H/4), ceil(W/4), C)."""
