@@ -332,12 +332,16 @@ class BackwardVector {
     const int64_t* address = p.addresses.of(state_.k) + begin + token;
     const acc_t* B = state_.sequence(p.B, begin + token, p.S);
     const scalar_t* u = state_.map(p.u);
+    const scalar_t* dy = state_.map(out_.dy);
     const auto steps = state_.step_size(begin + token).template tile<T>(0);
     Vec<acc_t> delta_u[T];
     for (int i = 0; i < T; ++i) {
       if (!keep) {
         prefetch(u + address[i + PREFETCH_TOKENS] * p.E);
       } else {
+        // For the adjoint, which goes through this chunk next.
+        prefetch(dy + address[i] * p.E);
+        prefetch(du_[address[i]]);
         steps.delta[i].store(delta_[token + i]);
         steps.slope[i].store(slope_[token + i]);
       }
@@ -400,7 +404,9 @@ class BackwardVector {
     const scalar_t* dy = state_.map(out_.dy);
     typename LowRankStepSize<acc_t>::template Tile<T> steps;
     Vec<acc_t> u_t[T], dy_t[T], du[T], ddelta[T];
+    const int64_t chunk_before = begin == 0 ? 0 : CHUNK;
     for (int i = 0; i < T; ++i) {
+      prefetch(u + address[i - chunk_before] * p.E);
       steps.delta[i] = Vec<acc_t>::loadu(delta_[token + i]);
       steps.slope[i] = Vec<acc_t>::loadu(slope_[token + i]);
       u_t[i] = load(u + address[i] * p.E, count);
