@@ -97,6 +97,7 @@ class SS2D(nn.Module):
     def __init__(self, channels: int, ratio: int):
         super().__init__()
         inner, orders = ratio * channels, len(SelectiveScan.ORDERS)
+        self.orders = orders
         self.rank = math.ceil(channels / 16)
         self.in_proj = nn.Linear(channels, inner, bias=False)
         self.dwconv = DepthwiseConv(inner, activation='silu', bias=False)
@@ -115,7 +116,7 @@ class SS2D(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
         u = self.dwconv(self.in_proj(x))
-        steps = self.x_proj(u).to(u.dtype).unflatten(-1, (len(self.dt_weight), -1))
+        steps = self.x_proj(u).to(u.dtype).unflatten(-1, (self.orders, -1))
         dt, B, C = steps.split((self.rank, 1, 1), dim=-1)
         A, D = -torch.exp(self.A_log).view(*self.dt_bias.shape, 1), self.D.view_as(self.dt_bias)
         y = self.scan(u, dt, B, C, self.dt_weight, self.dt_bias, A, D)
