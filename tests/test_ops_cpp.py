@@ -266,6 +266,7 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     return (
         *convolutions,
         (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
+        (OPS.gelu, OPS.gelu_backward, norm_arguments(grid, channels, dtype, batch)[:1]),
         (OPS.scan_states, OPS.scan_states_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
         (OPS.state_fusion, OPS.state_fusion_backward, fusion_case(grid, channels, dtype, batch)),
         (OPS.structure_aware_ssm, OPS.structure_aware_ssm_backward, ssm_case(grid, channels, dtype, batch)),
