@@ -13,6 +13,7 @@ from .layer_norm import layer_norm
 from .library import define_retired
 from .mlp import mlp
 from .scan_states import scan_states
+from .selective_scan import selective_scan
 from .ssm_layer import ssm_layer
 from .state_fusion import state_fusion
 from .structure_aware_ssm import structure_aware_ssm
@@ -23,5 +24,5 @@ flop_counter.register()
 
 __all__ = [
     'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'gelu', 'layer_norm', 'mlp', 'scan_states',
-    'ssm_layer', 'state_fusion', 'structure_aware_ssm',
+    'selective_scan', 'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

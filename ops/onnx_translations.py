@@ -10,6 +10,7 @@ from .gated_norm.onnx_translation import gated_norm
 from .gelu.onnx_translation import gelu
 from .layer_norm.onnx_translation import layer_norm
 from .scan_states.onnx_translation import scan_states
+from .selective_scan.onnx_translation import selective_scan
 from .state_fusion.onnx_translation import state_fusion
 from .structure_aware_ssm.onnx_translation import structure_aware_ssm
 
@@ -20,6 +21,7 @@ TRANSLATIONS = {
     torch.ops.mmspatialmamba.gelu.default: gelu,
     torch.ops.mmspatialmamba.layer_norm.default: layer_norm,
     torch.ops.mmspatialmamba.scan_states.default: scan_states,
+    torch.ops.mmspatialmamba.selective_scan.orders: selective_scan,
     torch.ops.mmspatialmamba.state_fusion.default: state_fusion,
     torch.ops.mmspatialmamba.structure_aware_ssm.default: structure_aware_ssm,
 }

@@ -71,6 +71,13 @@ def test_each_op_is_counted_by_its_formula():
         'state_fusion': 25 * tokens * E,
         'observation': 2 * tokens * E,
     }
+    K, S = 4, 3
+    orders = (ones(N, H, W, E), ones(N, H, W, K, R), ones(N, H, W, K, S), ones(N, H, W, K, S))
+    assert count(ops.selective_scan, *orders, ones(K, E, R), ones(K, E), -ones(K, E, S), ones(K, E)) == {
+        'step_size': K * R * tokens * E,
+        'scan_states': K * (1 + 3 * S) * tokens * E,
+        'observation': K * (1 + S) * tokens * E,
+    }
     conv = partial(ops.depthwise_conv, stride=2)
     assert count(conv, maps[0], ones(E, 1, 3, 3), ones(E)) == {'conv': 9 * N * 2 * 3 * E}
     assert count(ops.gated_norm, maps[0], maps[0], ones(E), ones(E)) == {'layer_norm': 5 * tokens * E}
