@@ -25,7 +25,7 @@ from oracles import (
 )
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba, fuse, ops
+from mmspatialmamba import SpatialMamba, VMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
@@ -209,7 +209,7 @@ BACKBONE_TOLERANCE = 3e-6
 
 def build(arch):
     torch.manual_seed(0)
-    return SpatialMamba(arch, drop_path_rate=0.0).eval()
+    return (VMamba if 'ssm_ratio' in arch else SpatialMamba)(arch, drop_path_rate=0.0).eval()
 
 
 def images(batch, height, width):
@@ -221,10 +221,10 @@ def export_backbone(arch, size):
     return model, onnx_export.export_onnx(model, images(*size), ['a', 'b', 'c', 'd'])
 
 
-@pytest.fixture(scope='module')
-def small():
+@pytest.fixture(scope='module', params=[SMALL, {**SMALL, 'ssm_ratio': 2}], ids=['SpatialMamba', 'VMamba'])
+def small(request):
     """A small backbone and its program."""
-    return export_backbone(SMALL, SIZES[0])
+    return export_backbone(request.param, SIZES[0])
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Layers of Spatial-Mamba around its state space model; maps are channels-last, (N, H, W, C), unless stated."""
+"""Layers around the state space models, and initial values; maps are channels-last, (N, H, W, C), unless stated."""
+
+import math
 
 import torch
 import torch.nn as nn
@@ -19,6 +21,7 @@ class DepthwiseConv(nn.Conv2d):
         activation: What follows the convolution: 'none', 'silu' or 'relu'.
         relu_input: Whether ReLU comes before it.
         residual: Whether the input is added to the result.
+        bias: Whether there is a bias.
     """
 
     def __init__(
@@ -28,8 +31,9 @@ class DepthwiseConv(nn.Conv2d):
         activation: str = 'none',
         relu_input: bool = False,
         residual: bool = False,
+        bias: bool = True,
     ):
-        super().__init__(channels, channels, 3, stride, padding=1, groups=channels)
+        super().__init__(channels, channels, 3, stride, padding=1, groups=channels, bias=bias)
         self.activation = activation
         self.relu_input = relu_input
         self.residual = residual
@@ -186,3 +190,30 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+STEP_RANGE = (1e-3, 1e-1)
+"""Range of the initial step size Δ at dt = 0, which is drawn log-uniformly."""
+
+
+@torch.no_grad()
+def draw_step_size(weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Draws the projection of a step size uniformly, and its bias so that Δ is log-uniform in ``STEP_RANGE``.
+
+    Args:
+        weight: Projection to overwrite, (..., E, R).
+        bias: Bias to overwrite, (..., E).
+    """
+    rank = weight.shape[-1]
+    nn.init.uniform_(weight, -(rank**-0.5), rank**-0.5)
+    low, high = (math.log(step) for step in STEP_RANGE)
+    step = torch.empty_like(bias).uniform_(low, high).exp()
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+def draw_linear(*layers: nn.Linear) -> None:
+    """Draws the weights of linear layers from a normal distribution of deviation 0.02; biases become zero."""
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
