@@ -298,6 +298,7 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     return (
         *convolutions,
         (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
+        (OPS.gelu, OPS.gelu_backward, norm_arguments(grid, channels, dtype, batch)[:1]),
         (OPS.scan_states, OPS.scan_states_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
         (
             OPS.selective_scan.orders,

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..ops import depthwise_conv, layer_norm
+from ..ops import depthwise_conv, gelu, layer_norm
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -166,6 +166,14 @@ class Downsample(nn.Module):
         return self.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class GELU(nn.GELU):
+    """GELU, computed by `mmspatialmamba.ops.gelu`; by PyTorch where it is to be approximated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps a tensor of any shape to the same shape."""
+        return gelu(x) if self.approximate == 'none' else super().forward(x)
+
+
 class MLP(nn.Module):
     """MLP branch of a block: two linear layers with an exact GELU between, of ratio 4.
 
@@ -176,7 +184,7 @@ class MLP(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.fc1 = nn.Linear(channels, 4 * channels)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
