@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmspatialmamba.checkpoint import CheckpointError, get_weights, read_local, unwrap
+from mmspatialmamba.checkpoint import CheckpointError, get_weights, read, unwrap
 from mmspatialmamba.checkpoint_names import BACKBONE_PREFIX, TABLES, NameTable
 
 
@@ -181,7 +181,7 @@ def convert(
     """Converts the content of a checkpoint file.
 
     Args:
-        checkpoint: Content, as `mmspatialmamba.checkpoint.read_local` gives it.
+        checkpoint: Content, as `mmspatialmamba.checkpoint.read` gives it.
         names: 'own' or 'official'.
         kind: Weights to take, see `select_weights`.
         backbone: Whether to keep the backbone alone.
@@ -272,7 +272,7 @@ def main() -> None:
     if args.in_channels is not None and args.in_channels < 1:
         parser.error(f'argument --in-channels: expected at least 1, got {args.in_channels}')
     try:
-        source = read_local(args.source, map_location='cpu')
+        source = read(args.source, map_location='cpu')
         result = convert(source, args.names, args.weights, args.backbone, args.in_channels, args.bgr)
         path = save(result, args.target)
     except ConversionError as error:
