@@ -158,14 +158,21 @@ def _read(filename: str, map_location: str | torch.device | None) -> object:
         ) from error
 
 
+NOTES = 'mmspatialmamba'
+"""Where a safetensors file of `tools/convert_checkpoint.py` holds what stands beside the tensors, as JSON."""
+
+
 def _read_safetensors(path: str, map_location: str | torch.device | None) -> dict:
-    """Reads tensors, and the meta data that `tools/convert_checkpoint.py` writes beside them."""
+    """Reads tensors, and the meta data and the modules' versions that `tools/convert_checkpoint.py` writes."""
     from safetensors import safe_open  # not required by this package
 
     with safe_open(path, framework='pt') as file:
-        weights = {name: file.get_tensor(name).to(map_location or 'cpu') for name in file.keys()}  # noqa: SIM118
-        meta = (file.metadata() or {}).get('meta')
-    return {'meta': json.loads(meta), 'state_dict': weights} if meta else weights
+        names = file.keys()
+        weights = OrderedDict((name, file.get_tensor(name).to(map_location or 'cpu')) for name in names)
+        notes = json.loads((file.metadata() or {}).get(NOTES, '{}'))
+    if 'versions' in notes:
+        weights._metadata = OrderedDict(notes['versions'])
+    return {'meta': notes['meta'], 'state_dict': weights} if 'meta' in notes else weights
 
 
 def check_sums(path: str) -> None:

@@ -11,16 +11,18 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import mmdet
 import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba
+from mmspatialmamba import SpatialMamba, swap_backbone
 from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +282,18 @@ def test_safetensors_hold_no_more_than_tensors_and_json(tmp_path):
         {'state_dict': state, 'meta': {'palette': np.array([[1, 2, 3]], np.uint8)}}, tmp_path / 'x.safetensors'
     )
     assert read(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+
+
+def test_safetensors_keep_the_versions_of_modules(run, tmp_path):
+    """Without one, VFNet's head takes its own names for those of an early version and loads none of them."""
+    config = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/vfnet/vfnet_r50_fpn_1x_coco.py')
+    config.model.backbone.init_cfg = None
+    config = swap_backbone(config, {'embed_dims': 16, 'depths': (1, 1, 1, 1)})
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        trained, model = MODELS.build(config.model), MODELS.build(config.model)
+    torch.save({'state_dict': trained.state_dict(), 'meta': {'epoch': 1}}, tmp_path / 'vfnet.pth')
+    load_checkpoint(model, str(run(tmp_path / 'vfnet.pth', tmp_path / 'vfnet.safetensors')), strict=True)
+    assert torch.equal(model.bbox_head.vfnet_cls.weight, trained.bbox_head.vfnet_cls.weight)
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):

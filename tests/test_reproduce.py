@@ -15,8 +15,12 @@ import mmspatialmamba
 from mmspatialmamba.published import FOLDER_VARIABLE
 
 TOOLS = Path(__file__).parents[1] / 'tools'
-SMALL = ('model.backbone.arch.embed_dims=64', 'model.backbone.arch.depths=1,1,1,1')
-IN_PROCESS = ('test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False')
+OPTIONS = (
+    '--cfg-options',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'test_dataloader.dataset.pipeline.1.scale=(128,128)',
+)
 ALL_BOXES = 'model.test_cfg.rcnn.score_thr=0'  # random weights are sure of nothing
 
 
@@ -27,14 +31,13 @@ def reproduce(folder, *arguments):
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """Writes random weights of a published model, but of one block for each stage, into the folder of weights."""
+    """Writes random weights of a published model into the folder of weights."""
     folder = tmp_path / 'weights'
     folder.mkdir()
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
 
     def write(name):
         config = Config.fromfile(mmspatialmamba.config_path(f'{name}.py'))
-        config.model.backbone.arch = {'embed_dims': 64, 'depths': (1, 1, 1, 1)}
         with DefaultScope.overwrite_default_scope(config.default_scope):
             model = MODELS.build(config.model)
         torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / f'{name}.pth')
@@ -86,9 +89,7 @@ def write_ade(folder):
 def test_a_detector(weights, tmp_path):
     weights('mask_rcnn_sm_t')
     write_coco(tmp_path / 'sets' / 'coco')
-    result = reproduce(
-        tmp_path, 'mask_rcnn_sm_t', '--data', tmp_path / 'sets', '--cfg-options', *SMALL, *IN_PROCESS, ALL_BOXES
-    )
+    result = reproduce(tmp_path, 'mask_rcnn_sm_t', '--data', tmp_path / 'sets', *OPTIONS, ALL_BOXES)
     assert result.returncode == 1, result.stderr[-3000:]
     *_, box, mask = result.stdout.splitlines()
     assert box.startswith('mask_rcnn_sm_t: box AP: 0.00, published 47.6, NOT within 0.1')
@@ -99,9 +100,7 @@ def test_a_detector(weights, tmp_path):
 def test_a_segmentor_in_one_scale_and_in_several(weights, tmp_path):
     weights('upernet_sm_t')
     write_ade(tmp_path / 'data' / 'ade' / 'ADEChallengeData2016')
-    result = reproduce(
-        tmp_path, 'spatialmamba://upernet_sm_t', '--tolerance', 100, '--cfg-options', *SMALL, *IN_PROCESS
-    )
+    result = reproduce(tmp_path, 'spatialmamba://upernet_sm_t', '--tolerance', 100, *OPTIONS)
     assert result.returncode == 0, result.stderr[-3000:]
     *_, single, multi = result.stdout.splitlines()
     assert single.startswith('upernet_sm_t: mIoU: ')

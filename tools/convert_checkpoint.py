@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmspatialmamba.checkpoint import CheckpointError, get_weights, read, unwrap
+from mmspatialmamba.checkpoint import NOTES, CheckpointError, get_weights, read, unwrap
 from mmspatialmamba.checkpoint_names import BACKBONE_PREFIX, TABLES, NameTable
 
 
@@ -217,7 +217,7 @@ def to_pickle(checkpoint: dict) -> bytes:
 
 
 def to_safetensors(checkpoint: dict) -> bytes:
-    """Returns the content of a ``.safetensors`` file, which holds the meta data as JSON.
+    """Returns the content of a ``.safetensors`` file, which holds the meta data and the modules' versions as JSON.
 
     Raises:
         ConversionError: The checkpoint holds what such a file cannot.
@@ -238,9 +238,12 @@ def to_safetensors(checkpoint: dict) -> bytes:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ConversionError(f'expected tensors only, found a {type(value).__name__} as {name}: write .pth')
+    notes = {'meta': checkpoint['meta']} if 'meta' in checkpoint else {}
+    if hasattr(weights, '_metadata'):  # by which heads recognize old names
+        notes['versions'] = weights._metadata
     # One entry alone: their order in the file is not fixed.
-    notes = {'meta': json.dumps(checkpoint['meta'], default=plain)} if 'meta' in checkpoint else {'format': 'pt'}
-    return serialize({name: value.clone().contiguous() for name, value in weights.items()}, notes)
+    entry = {NOTES: json.dumps(notes, default=plain)} if notes else {'format': 'pt'}
+    return serialize({name: value.clone().contiguous() for name, value in weights.items()}, entry)
 
 
 def save(checkpoint: dict, target: Path) -> Path:
