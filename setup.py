@@ -122,7 +122,7 @@ setup(
     install_requires=['torch>=2.1'],
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
-    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
+    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'weights', 'test')},
     **build_ops(),
     cmdclass=COMMANDS,
 )

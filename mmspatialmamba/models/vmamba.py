@@ -166,6 +166,7 @@ class VMamba(Backbone):
     }
     NAMES = VMAMBA
     CORE_OP = 'selective_scan'
+    PUBLISHED = 'vmamba://cls_vmamba_{arch}'
 
     @classmethod
     def _parse_arch(cls, arch: str | dict) -> dict:
