@@ -5,6 +5,8 @@ For each config: whether it builds as it is (without its weights), and whether i
 model are run once.
 
     python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2 --out docs/zoo_coverage.md
+
+A toolbox that is not installed is refused by name: mmpose, mmrotate and mmyolo need what docs/other_toolboxes.md says.
 """
 
 import argparse
@@ -29,7 +31,14 @@ from mmspatialmamba import swap_backbone
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'embed_dims': 32, 'depths': (1, 1, 1, 1)}
-DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+DISTRIBUTIONS = {
+    'mmdet': 'mmdet',
+    'mmseg': 'mmsegmentation',
+    'mmpretrain': 'mmpretrain',
+    'mmpose': 'mmpose',
+    'mmrotate': 'mmrotate',
+    'mmyolo': 'mmyolo',
+}
 INTRODUCTION = """# Zoo coverage
 
 `mmspatialmamba.swap_backbone(cfg, arch='tiny')` puts Spatial-Mamba into any config of MMDetection, MMSegmentation and
@@ -235,6 +244,8 @@ def main() -> None:
     parser.add_argument('--filter', default='', help='regular expression that a config path must contain')
     parser.add_argument('--out', type=Path, default=Path('zoo_coverage.md'), help='.md or .json to write')
     args = parser.parse_args()
+    if missing := [toolbox for toolbox in args.toolboxes if importlib.util.find_spec(toolbox) is None]:
+        parser.error(f'not installed: {", ".join(missing)}')
 
     start = time.monotonic()
     results = {toolbox: sweep(toolbox, args.jobs, args.filter) for toolbox in args.toolboxes}
