@@ -48,7 +48,9 @@ $(VENV)/.package: setup.py pyproject.toml $(VENV)/.torch
 	touch $@
 
 $(VENV)/.kernels: setup.py $(wildcard ops/*/*.cpp ops/*/*.h) $(TORCH_VERSION) | $(VENV)/.package
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace > build/kernels.log 2>&1 || { cat build/kernels.log; exit 1; }
+	@sed -n '/^mmspatialmamba:/p' build/kernels.log # says why the kernels were left out, if they were
 	touch $@
 
 $(VENV)/.complete: $(filter-out requirements/build.txt,$(wildcard requirements/*.txt)) $(TORCH_VERSION) | $(VENV)/.kernels
