@@ -1,10 +1,13 @@
 """mmcv's ops fit the PyTorch at hand, or the doctor says what helps; and the wheel is compiled for what is there."""
 
 import importlib.machinery
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -222,3 +225,76 @@ def test_packages_of_nvidia_get_the_names_that_compilers_look_for(tmp_path):
     for _ in range(2):
         assert install_mmcv.link_toolkit(tmp_path, '13.0') == tmp_path / 'cu13'
     assert (tmp_path / 'cu13' / 'lib64' / 'libcudart.so').read_text() == 'runtime'
+
+
+EXTENSION = """
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_ext", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit__ext(void) { return PyModule_Create(&module); }
+"""
+SETUP = """
+import os
+from setuptools import Extension, setup
+assert os.environ['MMCV_WITH_OPS'] == '1' and os.environ['FORCE_CUDA'] == '0'
+setup(name='mmcv', version='2.1.9', packages=['mmcv'], ext_modules=[Extension('mmcv._ext', ['ext.c'])])
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A command in an environment of its own, which sees the packages of this one; pip finds a small mmcv alone."""
+    venv.create(tmp_path / 'venv', with_pip=True)
+    (packages,) = (tmp_path / 'venv').glob('lib/python*/site-packages')
+    paths = [path for path in sys.path if path.endswith('site-packages')]
+    (packages / 'parent.pth').write_text('import site; ' + '; '.join(f'site.addsitedir({path!r})' for path in paths))
+    source = tmp_path / 'mmcv-2.1.9'
+    (source / 'mmcv').mkdir(parents=True)
+    (source / 'mmcv' / '__init__.py').touch()
+    (source / 'mmcv' / 'ops.py').write_text('from . import _ext')
+    (source / 'ext.c').write_text(EXTENSION)
+    (source / 'setup.py').write_text(SETUP)
+    (source / 'MANIFEST.in').write_text('include ext.c\n')
+    (source / 'PKG-INFO').write_text('Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.9\n')
+    with tarfile.open(tmp_path / 'mmcv-2.1.9.tar.gz', 'w:gz') as archive:
+        archive.add(source, source.name)
+    settings = {
+        'PIP_NO_INDEX': '1',
+        'PIP_FIND_LINKS': str(tmp_path),
+        'PIP_CONFIG_FILE': os.devnull,
+        'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+    }
+    kept = {name: value for name, value in os.environ.items() if name not in ('FORCE_CUDA', 'PYTHONPATH')}
+
+    def run():
+        command = [tmp_path / 'venv' / 'bin' / 'python', '-m', 'mmspatialmamba.install_mmcv', 'mmcv==2.1.9']
+        return subprocess.run(command, env=kept | settings, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return run, packages, tmp_path / 'mmcv-2.1.9.tar.gz'
+
+
+@pytest.mark.end_to_end
+def test_a_wheel_is_compiled_kept_and_loaded(environment):
+    run, packages, sdist = environment
+    first = run()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.endswith(f'its ops were compiled for {install_mmcv.target([])}, and load\n')
+    assert (packages / 'mmcv' / install_mmcv.STAMP).read_text() == install_mmcv.target([])
+    assert install_mmcv.STAMP in (packages / 'mmcv-2.1.9.dist-info' / 'RECORD').read_text()  # pip removes it too
+
+    sdist.unlink()
+    assert f'mmcv==2.1.9 is installed, and its ops fit {install_mmcv.target([])}\n' == run().stdout
+
+    (library,) = (packages / 'mmcv').glob('_ext.*')
+    library.unlink()
+    library.write_text('of another PyTorch')
+    repaired = run()
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    assert 'compiling' not in repaired.stdout
+    assert repaired.stdout.endswith(', and load\n')
+
+    shutil.rmtree(packages.parents[2].parent / 'cache')
+    library.unlink()
+    library.write_text('of another PyTorch')
+    failed = run()
+    assert failed.returncode == 1
+    assert 'mmcv==2.1.9: its output says why this failed: ' in failed.stderr.splitlines()[-1]
