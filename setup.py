@@ -141,6 +141,7 @@ ARGUMENTS = {'version': VERSION, 'install_requires': ['torch>=2.1']} | build_ops
 LINKS = {
     'Paper': 'https://arxiv.org/abs/2410.15091',
     'Original code': 'https://github.com/EdwardChasel/Spatial-Mamba',
+    'VMamba': 'https://github.com/MzeroMiko/VMamba',
 } | ({'Repository': REPOSITORY, 'Changelog': f'{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md'} if REPOSITORY else {})
 
 setup(
