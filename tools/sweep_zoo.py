@@ -6,6 +6,8 @@ the same model are run once.
 
     python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2 --out docs/zoo_coverage.md
     python tools/sweep_zoo.py mmdet mmseg --backbone VMamba --out work_dirs/zoo_coverage_vmamba.md
+
+A toolbox that is not installed is refused by name: mmpose, mmrotate and mmyolo need what docs/other_toolboxes.md says.
 """
 
 import argparse
@@ -36,7 +38,14 @@ SMALL = {
 }
 """Architecture of the very small model of each backbone."""
 
-DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+DISTRIBUTIONS = {
+    'mmdet': 'mmdet',
+    'mmseg': 'mmsegmentation',
+    'mmpretrain': 'mmpretrain',
+    'mmpose': 'mmpose',
+    'mmrotate': 'mmrotate',
+    'mmyolo': 'mmyolo',
+}
 INTRODUCTION = """# Zoo coverage
 
 `mmspatialmamba.swap_backbone(cfg, arch='tiny')` puts Spatial-Mamba into any config of MMDetection, MMSegmentation and
@@ -245,6 +254,8 @@ def main() -> None:
     parser.add_argument('--filter', default='', help='regular expression that a config path must contain')
     parser.add_argument('--out', type=Path, default=Path('zoo_coverage.md'), help='.md or .json to write')
     args = parser.parse_args()
+    if missing := [toolbox for toolbox in args.toolboxes if importlib.util.find_spec(toolbox) is None]:
+        parser.error(f'not installed: {", ".join(missing)}')
 
     start = time.monotonic()
     results = {toolbox: sweep(toolbox, args.backbone, args.jobs, args.filter) for toolbox in args.toolboxes}
