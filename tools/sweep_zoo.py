@@ -39,7 +39,7 @@ MMPretrain:
 from mmengine.config import Config
 from mmspatialmamba import swap_backbone
 
-cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pretrained='checkpoints/FILE')
+cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pretrained='spatialmamba://cls_sm_t')
 cfg.dump('atss_sm_t.py')
 ```
 
@@ -250,7 +250,7 @@ def main() -> None:
         minutes = (time.monotonic() - start) / 60
         measured = (
             f'Measured {time.strftime("%Y-%m-%d", time.gmtime())} with PyTorch {torch.__version__}, '
-            f'mmengine {importlib.metadata.version("mmengine")}, {args.jobs} processes, {minutes:.0f} minutes.'
+            f'mmengine {importlib.metadata.version("mmengine")}, processes: {args.jobs}, minutes: {minutes:.0f}.'
         )
         text = '\n'.join([INTRODUCTION, measured, '', '\n\n'.join(as_markdown(*item) for item in results.items())])
     args.out.parent.mkdir(parents=True, exist_ok=True)
