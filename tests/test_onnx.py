@@ -267,7 +267,7 @@ def run_tool(monkeypatch, *args):
         (('none.py', '--max-detections', 0), '--max-detections: expected a positive number, got 0'),
         (
             (ROOT / 'configs/dino_sm_t.py',),
-            'attention loops over sizes of maps that are values of a tensor, which no exporter follows; --part backbone',
+            'values of a tensor, which no exporter follows; --part backbone and --part head',
         ),
     ],
 )
