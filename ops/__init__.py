@@ -8,6 +8,7 @@ from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
 from .fusion_taps import fusion_taps
 from .gated_norm import gated_norm
+from .gelu import gelu
 from .layer_norm import layer_norm
 from .library import define_retired
 from .mlp import mlp
@@ -22,6 +23,6 @@ define_retired()
 flop_counter.register()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'layer_norm', 'mlp', 'scan_states',
+    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'gelu', 'layer_norm', 'mlp', 'scan_states',
     'selective_scan', 'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

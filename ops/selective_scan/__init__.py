@@ -81,6 +81,8 @@ def selective_scan(
     for name, parameter, shape in zip(names, parameters, shapes):
         check_parameter(op, name, parameter, shape, u)
     integers = addresses(op, orders, K, H, W)
+    if torch.jit.is_tracing():  # its sizes are tensors, of which it takes no list: constants, and another size raises
+        integers = list(map(int, integers))
     refuse_forward_mode(op, u, dt, B, C, *parameters)
     acc = accumulation_dtype(u.dtype)
     return torch.ops.mmspatialmamba.selective_scan.orders(u, dt, B, C, *(p.to(acc) for p in parameters), integers)
