@@ -33,7 +33,7 @@ from ..scan_states.triton_kernels import (
     combine_kernel,
 )
 from ..triton_backend import launch, register
-from .orders import ORDERS, split
+from .orders import INTEGERS, ORDERS, split
 from .reference import selective_scan_backward_reference, selective_scan_reference
 
 FORWARD = (16, 16, 8)
@@ -417,25 +417,29 @@ class OrderedScan:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
 
-def _codes(u: torch.Tensor, orders: list[int]) -> tuple[int, ...] | None:
-    """Returns the index of each order in `ALONG`, or None if the kernels do not serve one of them."""
+def _codes(u, dt, B, C, A, orders: list[int]) -> tuple[int, ...] | None:
+    """Returns the index of each order in `ALONG`, or None if the kernels do not serve one of them, or maps so wide that
+    a tile spans 2^31 elements."""
     known = [ORDERS[name](*u.shape[1:3]) for name in ALONG]
-    codes = [known.index(order) if order in known else None for order in split(orders)]
-    return None if None in codes or not codes else tuple(codes)
+    served = [order for order in split(orders) if order in known]
+    span = FORWARD[0] * u.shape[2] * max(u.shape[3], *(x.stride(2) for x in (dt, B, C)))
+    if len(orders) != INTEGERS * len(A) or len(served) != len(A) or not served or span >= 2**31:
+        return None
+    return tuple(known.index(order) for order in served)
 
 
 def selective_scan(u, dt, B, C, dt_weight, dt_bias, A, D, orders) -> torch.Tensor:
     """Computes the op `selective_scan`; the reference serves snakes, and other orders that are not in `ALONG`."""
-    codes = _codes(u, orders)
-    if codes is None or len(codes) != len(A):
+    codes = _codes(u, dt, B, C, A, orders)
+    if codes is None:
         return REFERENCES['selective_scan.orders'](u, dt, B, C, dt_weight, dt_bias, A, D, orders)
     return OrderedScan(FORWARD, codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D).outputs()
 
 
 def selective_scan_backward(dy, u, dt, B, C, dt_weight, dt_bias, A, D, orders) -> tuple[torch.Tensor, ...]:
     """Computes the op `selective_scan_backward`, from the inputs alone."""
-    codes = _codes(u, orders)
-    if codes is None or len(codes) != len(A):
+    codes = _codes(u, dt, B, C, A, orders)
+    if codes is None:
         return REFERENCES['selective_scan_backward.orders'](dy, u, dt, B, C, dt_weight, dt_bias, A, D, orders)
     scan = OrderedScan(BACKWARD, codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D)
     return scan.gradients(dy.contiguous())
