@@ -26,6 +26,7 @@ TRITON_OPS = (
     'gated_norm',
     'layer_norm',
     'scan_states',
+    'selective_scan',
     'state_fusion',
     'structure_aware_ssm',
 )

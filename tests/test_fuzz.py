@@ -6,18 +6,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mmspatialmamba.ops import depthwise_conv, gated_norm, layer_norm, scan_states, state_fusion, structure_aware_ssm
+from mmspatialmamba.ops import (
+    depthwise_conv,
+    gated_norm,
+    layer_norm,
+    scan_states,
+    selective_scan,
+    state_fusion,
+    structure_aware_ssm,
+)
 from mmspatialmamba.ops.depthwise_conv import split_gradient
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
 from mmspatialmamba.ops.layer_norm.reference import layer_norm_backward_reference, layer_norm_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
+from mmspatialmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm.reference import (
     structure_aware_ssm_backward_reference,
     structure_aware_ssm_reference,
 )
-from oracles import conv_arguments, norm_arguments, scan_inputs, ssm_arguments
+from oracles import conv_arguments, norm_arguments, orders_arguments, scan_inputs, ssm_arguments
 
 from mmspatialmamba import SpatialMamba
 
@@ -124,6 +134,23 @@ def test_structure_aware_ssm(batch, height, width, channels, rank, dtype, layout
     check(
         structure_aware_ssm, structure_aware_ssm_reference, structure_aware_ssm_backward_reference,
         ssm_arguments((height, width), channels, rank, batch, dtype, seed), 4, layouts, device, seed,
+    )  # fmt: skip
+
+
+@FUZZ
+@given(
+    batch, st.integers(1, 20), st.integers(1, 20), channels, st.integers(0, 12), st.integers(1, 3),
+    st.lists(st.sampled_from(list(ORDERS)), min_size=1, max_size=4), dtypes,
+    st.tuples(*[st.sampled_from(LAYOUTS)] * 4), devices, seeds,
+)  # fmt: skip
+def test_selective_scan(batch, height, width, channels, rank, states, names, dtype, layouts, device, seed):
+    orders = [integer for name in names for integer in ORDERS[name](height, width)]
+    check(
+        lambda *tensors: selective_scan(*tensors, names),
+        lambda *tensors: selective_scan_reference(*tensors, orders),
+        lambda *tensors: selective_scan_backward_reference(*tensors, orders),
+        orders_arguments((height, width), channels, rank, len(names), states, batch, dtype, seed), 4, layouts, device,
+        seed,
     )  # fmt: skip
 
 

@@ -8,11 +8,13 @@ import json
 import sys
 
 import torch
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from tool_runner import load_tool
 
 report = load_tool('kernel_report')
 SIZES = ('tiles', 'E')
+FOUR = ('rows', 'columns', 'rows_backwards', 'columns_backwards')
 
 
 def call_all():
@@ -41,6 +43,22 @@ def call_all():
         u, B = empty(1, 64000, 128, dtype=dtype), empty(1, 64000, 1, dtype=dtype)
         IMPLEMENTATIONS['scan_states'][0](u, u, empty(128), B)
         IMPLEMENTATIONS['scan_states_backward'][0](u, u, u, empty(128), B)
+    for dtype, N, (H, W), E, R, S, names in (
+        (torch.float32, 1, (200, 320), 96, 6, 1, FOUR),
+        (torch.bfloat16, 1, (200, 320), 96, 6, 1, FOUR),
+        (torch.float16, 1, (200, 320), 96, 6, 1, FOUR),
+        (torch.bfloat16, 2, (25, 40), 2048, 64, 1, FOUR),
+        (torch.float32, 2, (25, 40), 2048, 64, 1, FOUR),
+        (torch.bfloat16, 1, (14, 14), 384, 24, 16, ('rows', 'columns')),
+        (torch.float32, 1, (1, 1), 1, 1, 1, ('rows',)),
+    ):
+        K = len(names)
+        u, packed = empty(N, H, W, E, dtype=dtype), empty(N, H, W, K, R + 2 * S, dtype=dtype)
+        parameters = empty(K, E, R), empty(K, E), empty(K, E, S), empty(K, E)
+        orders = [integer for name in names for integer in ORDERS[name](H, W)]
+        arguments = (u, *packed.split((R, S, S), -1), *parameters, orders)
+        IMPLEMENTATIONS['selective_scan.orders'][0](*arguments)
+        IMPLEMENTATIONS['selective_scan_backward.orders'][0](u, *arguments)
     for dtype, N, (H, W), E in (
         (torch.float32, 1, (200, 320), 128),
         (torch.bfloat16, 1, (200, 320), 128),

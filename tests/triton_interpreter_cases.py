@@ -21,6 +21,8 @@ from mmspatialmamba.ops.fusion_taps import triton_kernels as triton_taps
 from mmspatialmamba.ops.gated_norm import triton_kernels as triton_gated_norm
 from mmspatialmamba.ops.layer_norm import triton_kernels as triton_layer_norm
 from mmspatialmamba.ops.scan_states import triton_kernels as triton_scan
+from mmspatialmamba.ops.selective_scan import triton_kernels as triton_orders
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from mmspatialmamba.ops.state_fusion import triton_kernels as triton_fusion
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from oracles import (
@@ -28,6 +30,7 @@ from oracles import (
     conv_arguments,
     fusion_weights,
     norm_arguments,
+    orders_arguments,
     relative_error,
     scan_inputs,
     ssm_arguments,
@@ -46,6 +49,8 @@ OUTPUTS = {
     'layer_norm_backward': ('dx', 'dparameters'),
     'scan_states': ('h',),
     'scan_states_backward': ('du', 'ddelta', 'dA', 'dB'),
+    'selective_scan.orders': ('y',),
+    'selective_scan_backward.orders': ('du', 'ddt', 'dB', 'dC', 'ddt_weight', 'ddt_bias', 'dA', 'dD'),
     'state_fusion': ('g',),
     'state_fusion_backward': ('dh', 'dtaps'),
     'structure_aware_ssm': ('y',),
@@ -84,7 +89,7 @@ def quicken_interpreter():
     call = interpreter.InterpretedFunction.__call__
     ours = {
         id(module.__dict__)
-        for module in (triton_scan, triton_fusion, triton_gated_norm, triton_layer_norm, triton_conv)
+        for module in (triton_scan, triton_orders, triton_fusion, triton_gated_norm, triton_layer_norm, triton_conv)
     }
 
     def call_device_function(self, *args, **kwargs):
@@ -99,7 +104,8 @@ def shrink_blocks():
     """Makes blocks so small that small shapes need several; the launch configurations are compiled elsewhere."""
     triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
     triton_scan.MIN_LENGTH, triton_scan.GROUP, triton_scan.GROUP_BACKWARD = 16, 4, 2
-    triton_scan.COMBINE_BLOCK = (2, 8)
+    triton_scan.COMBINE_BLOCK = triton_orders.COMBINE_BLOCK = (2, 8)
+    triton_orders.FORWARD = triton_orders.BACKWARD = (4, 16, 4)
     triton_scan.DOT_BLOCK = (16, 32)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
@@ -124,7 +130,7 @@ def compare(name, *arguments):
     expected = IMPLEMENTATIONS[name][1](*map(as_float64, arguments))
     expected = expected if isinstance(expected, tuple) else (expected,)
     given = [x for x in arguments if isinstance(x, torch.dtype)]
-    maps = given[0] if given else arguments[name.endswith('_backward')].dtype
+    maps = given[0] if given else arguments['_backward' in name].dtype
     found = {}
     for label, actual, wanted in zip(OUTPUTS[name], outputs, expected, strict=True):
         dtype = torch.float32 if label in FLOAT32 else maps
@@ -138,12 +144,13 @@ def compare(name, *arguments):
 def record(name, gradient, *arguments, backward_only=()):
     """Compares an op and its backward with the references and keeps the largest errors of the dtype."""
     keep_errors(name, arguments[0].dtype, *arguments)
-    keep_errors(f'{name}_backward', arguments[0].dtype, gradient, *arguments, *backward_only)
+    op, dot, overload = name.partition('.')
+    keep_errors(f'{op}_backward{dot}{overload}', arguments[0].dtype, gradient, *arguments, *backward_only)
 
 
 def keep_errors(op, dtype, *arguments):
     """Compares an op with its reference and keeps the largest errors of the dtype."""
-    kept = errors.setdefault(f'{op} {str(dtype).removeprefix("torch.")}', {})
+    kept = errors.setdefault(f'{op.partition(".")[0]} {str(dtype).removeprefix("torch.")}', {})
     for label, error in compare(op, *arguments).items():
         kept[label] = max(kept.get(label, 0.0), error)
 
@@ -155,6 +162,67 @@ def noise(like):
 def scan_arguments(length, channels, dtype):
     u, delta, A, B = scan_inputs(length, channels, dtype=torch.float64)
     return u.to(dtype), delta.to(dtype), A.float(), B.to(dtype)
+
+
+def orders_case(grid, channels, rank, states, dtype=torch.float32, names=triton_orders.ALONG):
+    orders = [integer for name in names for integer in ORDERS[name](*grid)]
+    maps_and_parameters = orders_arguments(grid, channels, rank, len(names), states, dtype=dtype)
+    return *maps_and_parameters, orders
+
+
+def orders_cases():
+    op, backward = 'selective_scan.orders', 'selective_scan_backward.orders'
+    for grid, channels, rank, states, names in (
+        ((1, 1), 3, 1, 1, triton_orders.ALONG),
+        ((1, 9), 3, 1, 1, triton_orders.ALONG),
+        ((9, 1), 3, 2, 1, triton_orders.ALONG),
+        ((4, 8), 16, 3, 1, ('rows', 'columns', 'rows_backwards', 'columns_backwards')),
+        ((6, 5), 20, 17, 2, ('columns_backwards', 'rows')),
+        ((3, 5), 4, 2, 1, ('rows_snake', 'columns')),
+    ):
+        arguments = orders_case(grid, channels, rank, states, names=names)
+        record(op, noise(arguments[0]), *arguments)
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments = orders_case((6, 5), 20, 3, 1, dtype)
+        record(op, noise(arguments[0]), *arguments)
+
+    u, dt, B, C, *parameters, orders = orders_case((6, 5), 5, 3, 1)
+    packed = torch.cat((dt, B, C), -1)
+    permuted = u.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    arguments = (permuted, *packed.split((3, 1, 1), -1), *parameters, orders)
+    gradient = torch.ones(1).expand(u.shape)
+    record(op, gradient, *arguments)
+    first, second = (run(backward, gradient, *arguments) for _ in range(2))
+    checks['orders: two runs, same bits'] = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    spoilt = permuted.clone()
+    spoilt[0, 1, 2] = float('nan')
+    (y,), (clean,) = run(op, spoilt, *arguments[1:]), run(op, *arguments)
+    checks['orders: NaN in one image stays there'] = bool(torch.equal(y[1], clean[1]) and y[0].isnan().any())
+    launch = triton_orders.launch
+
+    def lose_carries(kernel, programs, *tensors, **constants):
+        if kernel is triton_orders.combine_kernel:
+            tensors[2].zero_()
+        else:
+            launch(kernel, programs, *tensors, **constants)
+
+    triton_orders.launch = lose_carries
+    checks['orders: a carry lost at a chunk border is seen'] = compare(op, *arguments)['y'] > 1e-2
+    checks['orders: an adjoint carry lost at a chunk border is seen'] = (
+        compare(backward, gradient, *arguments)['du'] > 1e-2
+    )
+    triton_orders.launch = launch
+    ways = triton_orders._ways
+    triton_orders._ways = _ways_forwards
+    checks['orders: a way in the wrong direction is seen'] = compare(op, *arguments)['y'] > 1e-2
+    triton_orders._ways = ways
+
+
+@triton.jit
+def _ways_forwards(delta, CODE: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr):
+    steps = triton_orders._as_grid(delta, TILE)
+    total = tl.sum(steps, CODE // 2, keep_dims=True)
+    return total - tl.cumsum(steps, CODE // 2), total
 
 
 def fusion_arguments(batch, grid, channels, dtype=torch.float32):
@@ -671,6 +739,7 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     groups = {
         'conv': conv_cases, 'norm': norm_cases, 'layer_norm': layer_norm_cases, 'taps': taps_cases, 'scan': scan_cases,
+        'orders': orders_cases,
         'fusion': fusion_cases, 'ssm': ssm_cases,
     }  # fmt: skip
     groups[sys.argv[1]]()

@@ -152,6 +152,8 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def op_cases(args: argparse.Namespace, E: int, R: int, H: int, W: int) -> dict[str, tuple[Callable, tuple]]:
     """Returns each op with random arguments, of the values that a model has at the start of training."""
+    from mmspatialmamba.ops.selective_scan.orders import ORDERS
+
     ops = torch.ops.mmspatialmamba
     generator = torch.Generator().manual_seed(0)
     dtype, N = DTYPES[args.dtype], args.batch
@@ -170,9 +172,14 @@ def op_cases(args: argparse.Namespace, E: int, R: int, H: int, W: int) -> dict[s
     kernels, bias = normal(E, 1, 3, 3) / 3, normal(E)
     dt, B, C = steps.split((R, 1, 1), -1)
     half = u[..., : E // 2].contiguous()
+    four = tuple(ORDERS)[:4]
+    orders = [integer for name in four for integer in ORDERS[name](H, W)]
+    of_orders = normal(N, H, W, 4, R + 2, dtype=dtype).split((R, 1, 1), -1)
+    order_parameters = (*(torch.stack([x] * 4) for x in step_size), A.repeat(4, 1)[..., None], ones.repeat(4, 1))
     return {
         'structure_aware_ssm': (ops.structure_aware_ssm, (u, dt, B, C, *step_size, A, ones, taps)),
         'scan_states': (ops.scan_states, (u.flatten(1, 2), delta, A, B.flatten(1, 2))),
+        'selective_scan in four orders': (ops.selective_scan.orders, (u, *of_orders, *order_parameters, orders)),
         'state_fusion': (ops.state_fusion, (u, taps)),
         'gated_norm': (ops.gated_norm, (u, uz[..., E:], ones, bias, 1e-5)),
         'depthwise_conv with SiLU, of a slice': (

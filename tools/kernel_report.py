@@ -3,6 +3,7 @@
 Example:
     python tools/kernel_report.py
     python tools/kernel_report.py --stages 1 4 --kernels scan fusion --dtype float32
+    python tools/kernel_report.py --op selective_scan
 
 Needs Triton and no GPU: the launchers run on tensors without data, what they would launch is compiled ahead of time for
 compute capability 9.0 (H100, H200), and the machine code is read. For each kernel and stage of the tiny variant at
@@ -33,14 +34,19 @@ from pathlib import Path
 import torch
 import triton
 from mmspatialmamba.ops.backends import TRITON_OPS
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from mmspatialmamba.ops.state_fusion.taps import RADIUS
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 MODULES = [importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS]
-STAGES = (((200, 320), 128, 4, 2), ((100, 160), 256, 8, 4), ((50, 80), 512, 16, 8), ((25, 40), 1024, 32, 4))
-"""Grid, inner channels, rank and number of blocks of the stages of tiny at 800x1280."""
+CORE, ORDERED = 'structure_aware_ssm', 'selective_scan'
+STAGES = {
+    CORE: (((200, 320), 128, 4, 2), ((100, 160), 256, 8, 4), ((50, 80), 512, 16, 8), ((25, 40), 1024, 32, 4)),
+    ORDERED: (((200, 320), 96, 6, 2), ((100, 160), 192, 12, 2), ((50, 80), 384, 24, 8), ((25, 40), 768, 48, 2)),
+}
+"""Grid, inner channels, rank and number of blocks of the stages of tiny at 800x1280: of Spatial-Mamba, of VMamba."""
 BATCH = 2
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 BINARIES = Path(triton.__file__).parent / 'backends/nvidia/bin'
@@ -183,6 +189,14 @@ def trips(launch: Launch, compiled: Compiled) -> list[float]:
         main = lengths.index(max(lengths))
         rest = values['L'] % values['GROUP'] / math.ceil(values['L'] / values['length'])
         return [values['length'] // values['GROUP'] if i == main else rest for i in range(count)]
+    if name.startswith('orders_'):
+        # Of each order a loop over blocks of components of dt, one over states and, in backward, a second of the first.
+        components = math.ceil(values['rank'] / values['BLOCK_R'])
+        loops = [components, values['states'], components]
+        loops = loops if name == 'orders_backward_kernel' else loops[:2] * len(values['CODES'])
+        if count != len(loops):
+            raise RuntimeError(f'{name}: expected {len(loops)} loops in the machine code, found {count}')
+        return loops
     expected: dict[str, tuple[Callable[[int], bool], float]] = {
         'combine_kernel': (lambda n: n == 1, math.ceil(values.get('chunks', 0) / values.get('BLOCK_CHUNKS', 1))),
         'step_size_kernel': (lambda n: n == 0, 1),
@@ -226,29 +240,37 @@ def bytes_moved(launch: Launch) -> float:
     return share * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def launches_of_stage(stage: int, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:
-    """Returns the launches of the fused core in one block of a stage, forward and backward."""
+def launches_of_stage(stage: int, dtype: torch.dtype, op: str = CORE) -> tuple[list[Launch], list[Launch]]:
+    """Returns the launches of the core of one block of a stage, forward and backward."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device='meta')
 
-    (H, W), E, R, _ = STAGES[stage - 1]
+    (H, W), E, R, _ = STAGES[op][stage - 1]
     u = empty(BATCH, H, W, E, dtype=dtype)
-    packed = empty(BATCH, H, W, R + 2, dtype=dtype)
-    arguments = (u, *packed.split((R, 1, 1), -1), empty(E, R), empty(E), empty(E), empty(E), empty(25, E))
+    if op == CORE:
+        packed = empty(BATCH, H, W, R + 2, dtype=dtype)
+        arguments = (u, *packed.split((R, 1, 1), -1), empty(E, R), empty(E), empty(E), empty(E), empty(25, E))
+        names = op, f'{op}_backward'
+    else:
+        packed = empty(BATCH, H, W, 4, R + 2, dtype=dtype)
+        orders = [integer for name in tuple(ORDERS)[:4] for integer in ORDERS[name](H, W)]
+        parameters = empty(4, E, R), empty(4, E), empty(4, E, 1), empty(4, E)
+        arguments = (u, *packed.split((R, 1, 1), -1), *parameters, orders)
+        names = f'{op}.orders', f'{op}_backward.orders'
     with recorded() as forward:
-        IMPLEMENTATIONS['structure_aware_ssm'][0](*arguments)
+        IMPLEMENTATIONS[names[0]][0](*arguments)
     with recorded() as backward:
-        IMPLEMENTATIONS['structure_aware_ssm_backward'][0](u, *arguments)
+        IMPLEMENTATIONS[names[1]][0](u, *arguments)
     return forward, backward
 
 
-def report(stage: int, dtype: torch.dtype, kernels: list[str]) -> list[dict[str, object]]:
+def report(stage: int, dtype: torch.dtype, kernels: list[str], op: str = CORE) -> list[dict[str, object]]:
     """Returns a row for each launch of the core in one block of a stage whose kernel's name has one of the words."""
-    (H, W), E, _, _ = STAGES[stage - 1]
+    (H, W), E, _, _ = STAGES[op][stage - 1]
     elements = BATCH * H * W * E
     rows = []
-    for direction, launches in zip(('forward', 'backward'), launches_of_stage(stage, dtype), strict=True):
+    for direction, launches in zip(('forward', 'backward'), launches_of_stage(stage, dtype, op), strict=True):
         for launch in launches:
             if kernels and not any(word in launch.name for word in kernels):
                 continue
@@ -271,7 +293,7 @@ def report(stage: int, dtype: torch.dtype, kernels: list[str]) -> list[dict[str,
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, object]], op: str = CORE) -> str:
     """Returns the rows, and their sums for each stage and for all blocks, in Markdown."""
     lines = [
         '| stage | direction | kernel | regs | spilled | warps | instr | bytes | issue µs | memory µs |',
@@ -292,7 +314,7 @@ def table(rows: list[dict[str, object]]) -> str:
                 f' {sums["bytes"]:.1f} | {sums["issue_us"]:.0f} | {sums["memory_us"]:.0f} |'
             )
             for key in totals:
-                totals[key] += STAGES[stage - 1][3] * sums[key]
+                totals[key] += STAGES[op][stage - 1][3] * sums[key]
         lines.append(f'| all blocks | {direction} | | | | | | | {totals["issue_us"]:.0f} | {totals["memory_us"]:.0f} |')
     return '\n'.join(lines)
 
@@ -303,12 +325,14 @@ def main() -> None:
     parser.add_argument('--stages', type=int, nargs='+', choices=range(1, 5), default=[1, 2, 3, 4])
     parser.add_argument('--kernels', nargs='+', default=[], metavar='WORD', help='only kernels whose name has a word')
     parser.add_argument('--dtype', choices=('bfloat16', 'float16', 'float32'), default='bfloat16')
+    parser.add_argument('--op', choices=(CORE, ORDERED), default=CORE, help='the core of Spatial-Mamba, or of VMamba')
     args = parser.parse_args()
-    rows = [row for stage in args.stages for row in report(stage, getattr(torch, args.dtype), args.kernels)]
+    dtype = getattr(torch, args.dtype)
+    rows = [row for stage in args.stages for row in report(stage, dtype, args.kernels, args.op)]
     if not rows:
         parser.error(f'no kernel has a name with {" or ".join(args.kernels)}')
     print(f'Triton {triton.__version__}, {args.dtype}, compute capability 9.0\n')
-    print(table(rows))
+    print(table(rows, args.op))
 
 
 if __name__ == '__main__':

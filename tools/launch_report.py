@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == NAMESPACE:
-            name = func._schema.name.partition('::')[2]
+            name = func.name().partition('::')[2]
             if name not in IMPLEMENTATIONS:
                 raise NotImplementedError(f'launch_report: {func} has no Triton kernels')
             with self:
