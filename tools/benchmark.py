@@ -101,7 +101,7 @@ def benchmark_ops(args: argparse.Namespace) -> list[dict]:
 
 def time_op(args: argparse.Namespace, name: str, op: Callable, arguments: tuple) -> list[dict]:
     """Returns the rows of one op: a copy of its first argument, forward, backward, and forward of the reference."""
-    op_name = op.__name__
+    op_name = op.__name__.partition('.')[0]  # without the name of an overload
     reference = getattr(importlib.import_module(f'mmspatialmamba.ops.{op_name}.reference'), f'{op_name}_reference')
     x = arguments[0]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
