@@ -12,7 +12,7 @@ import yaml
 from .configs import config_path
 from .download import DownloadError, cached, check_hash, download, drive_id, on_every_rank, only_file
 
-SCHEMES = ('spatialmamba',)
+SCHEMES = ('spatialmamba', 'vmamba')
 """The scheme of each backbone's names: the name of its collection in the metafile, without hyphens."""
 
 FOLDER_VARIABLE = 'MMSPATIALMAMBA_WEIGHTS'

@@ -14,7 +14,7 @@ import yaml
 from drive_server import route, serve_drive, sitecustomize
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmspatialmamba import SpatialMamba, config_path, download, published
+from mmspatialmamba import SpatialMamba, VMamba, config_path, download, published
 from mmspatialmamba.checkpoint import CheckpointError, read
 from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 from mmspatialmamba.models import backbone as backbone_module
@@ -75,9 +75,9 @@ def metafile(monkeypatch, tmp_path):
 
 def is_published(checkpoint):
     """Whether a checkpoint holds the tensors of the published file, under the names of a model of a toolbox."""
-    expected, found = torch.load(PUBLISHED_FILE, weights_only=True)['model'], checkpoint['state_dict']
-    names = {SPATIAL_MAMBA.to_toolbox(name): name for name in expected}
-    return found.keys() == names.keys() and all(torch.equal(found[own], expected[name]) for own, name in names.items())
+    published_weights, found = torch.load(PUBLISHED_FILE, weights_only=True)['model'], checkpoint['state_dict']
+    expected = dict(SPATIAL_MAMBA.to_toolbox(*entry) for entry in published_weights.items())
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def assert_loads():
@@ -280,6 +280,23 @@ def test_every_model_of_the_metafile_has_a_name():
         assert Path(config_path(model.config)).is_file()
         assert model.metrics
         assert model.address.startswith('https://')
+
+
+def test_vmambas_weights_are_files_of_releases():
+    model = published.find_model('vmamba://cls_vmamba_s')
+    assert model.address.startswith('https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/')
+    assert model.file == 'vssm_small_0229_ckpt_epoch_222.pth'
+    assert model.sha256 == 'c540366e366d81acf69251810e7ea7268e0ca8bcb6843f3b773c1f0105bd30cb'
+
+
+@pytest.mark.parametrize(
+    ('arch', 'name'),
+    [('tiny', 'vmamba://cls_vmamba_t'), ('b', 'vmamba://cls_vmamba_b'), ('tiny_s2l5', None), ('base_s1l20', None)],
+)
+def test_the_recipe_names_the_weights_of_the_architecture(arch, name):
+    with torch.device('meta'):
+        assert VMamba(arch)._published_weights() == name
+        assert VMamba(arch, in_channels=4)._published_weights() is None
 
 
 def test_another_backbone_is_a_scheme_of_its_own(metafile, folder, monkeypatch):
