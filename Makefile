@@ -26,8 +26,8 @@ endif
 # What test-ops runs. PyTorch 2.1 needs NUMPY=numpy==1.26.4 and SETUPTOOLS=setuptools==69.5.1.
 NUMPY ?= numpy<2.3
 SETUPTOOLS ?= setuptools>=77,<82
-OPS_TESTS := gradients direct_calls weights_only golden checkpoint spatial_mamba scan_states state_fusion \
-	structure_aware_ssm depthwise_conv gated_norm mlp ssm_layer
+OPS_TESTS := gradients direct_calls weights_only golden checkpoint spatial_mamba vmamba scan_states selective_scan \
+	state_fusion structure_aware_ssm depthwise_conv gated_norm gelu mlp ssm_layer
 
 .PHONY: env quickstart test test-ops test-end-to-end test-all wheel docs lint
 

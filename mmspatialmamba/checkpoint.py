@@ -202,7 +202,8 @@ def _present(checkpoint: object, filename: str) -> object:
         others = {} if weights is checkpoint else checkpoint
         weights = unwrap(weights)
         if table.is_official(weights):
-            weights = OrderedDict(table.to_toolbox(*entry) for entry in weights.items())
+            renamed = ((table.to_toolbox(name), value) for name, value in weights.items())
+            weights = OrderedDict((name, table.to_own_value(name, value)) for name, value in renamed)
         checkpoint = {key: value for key, value in others.items() if key != 'model'} | {'state_dict': weights}
     return _name_source(checkpoint, filename)
 

@@ -111,7 +111,8 @@ def to_own_names(weights: dict, table: NameTable) -> OrderedDict:
         return name, table.to_own_value(name, value)
 
     if classifier:
-        weights = dict(table.to_toolbox(*entry) for entry in weights.items())
+        renamed = ((table.to_toolbox(name), value) for name, value in weights.items())
+        weights = {name: table.to_own_value(name, value) for name, value in renamed}
     if any(name.startswith(BACKBONE_PREFIX) for name in weights):
         return rename_backbone(weights, to_own)
     return OrderedDict(to_own(*entry) for entry in weights.items())
