@@ -75,9 +75,9 @@ def metafile(monkeypatch, tmp_path):
 
 def is_published(checkpoint):
     """Whether a checkpoint holds the tensors of the published file, under the names of a model of a toolbox."""
-    published_weights, found = torch.load(PUBLISHED_FILE, weights_only=True)['model'], checkpoint['state_dict']
-    expected = dict(SPATIAL_MAMBA.to_toolbox(*entry) for entry in published_weights.items())
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, found = torch.load(PUBLISHED_FILE, weights_only=True)['model'], checkpoint['state_dict']
+    names = {SPATIAL_MAMBA.to_toolbox(name): name for name in expected}
+    return found.keys() == names.keys() and all(torch.equal(found[own], expected[name]) for own, name in names.items())
 
 
 def assert_loads():
@@ -203,6 +203,17 @@ def test_an_interrupted_download_goes_on_in_the_next_call(large, tmp_path):
     assert_loads()
     assert large.requests[-1] == (ID, 3 * CHUNK)
     assert [path.name for path in downloaded(tmp_path)] == [ORIGINAL_NAME]
+
+
+def test_an_unfinished_download_that_cannot_go_on_is_named(drive, tmp_path):
+    """The file has changed since, or all of it is there, so the server has nothing to add."""
+    folder = download.cached(PAGE)
+    folder.mkdir(parents=True)
+    part = folder / f'{ORIGINAL_NAME}12345678.part'
+    part.write_bytes(PUBLISHED_FILE.read_bytes())
+    assert f'unfinished, delete it to begin anew: {part}' in refusal()
+    part.unlink()
+    assert_loads()
 
 
 def test_a_damaged_download_is_named_by_its_path(drive, tmp_path):
