@@ -5,6 +5,7 @@
 # make test-ops TORCH=torch==2.6.0 VENV=.venv-2.6   ops, backbone and checkpoints on another PyTorch, without a toolbox
 # make docs         documentation site, into work_dirs/site
 # make lint         ruff
+# make wheel        into dist/: a universal wheel, and on Linux one with kernels for CPUs, bound to the PyTorch of $(VENV)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,6 +14,7 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+TORCH_VERSION := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
 QUICKSTART := work_dirs/quickstart
 QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
 
@@ -27,23 +29,38 @@ SETUPTOOLS ?= setuptools>=77,<82
 OPS_TESTS := gradients direct_calls weights_only golden checkpoint spatial_mamba scan_states state_fusion \
 	structure_aware_ssm depthwise_conv gated_norm mlp ssm_layer
 
-.PHONY: env quickstart test test-ops test-end-to-end test-all docs lint
+.PHONY: env quickstart test test-ops test-end-to-end test-all wheel docs lint
 
-env: $(VENV)/.complete
+# A part of the environment is made again when what it is made from has changed, a newer PyTorch included.
+env: $(VENV)/.kernels $(VENV)/.complete
 
-$(VENV)/.complete: setup.py pyproject.toml $(wildcard requirements/*.txt ops/*/*.cpp ops/*/*.h)
+$(VENV)/.torch: requirements/build.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 13) or \
 		sys.exit('mmcv 2.1.0 builds on Python 3.10 to 3.12, found %d.%d: make $(MAKECMDGOALS) PYTHON=python3.12' % v)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements/build.txt
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"
-	MMCV_WITH_OPS=1 CFLAGS="-g0 -O2" $(BIN)/pip install --no-build-isolation \
-		-r requirements/openmmlab.txt -r requirements/mim.txt -r requirements/test.txt \
-		-r requirements/docs.txt -r requirements/export.txt
+	touch $@
+
+# The package alone; the kernels below are compiled in place, so that ninja compiles again what has changed only.
+$(VENV)/.package: setup.py pyproject.toml $(VENV)/.torch
+	MMSPATIALMAMBA_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.kernels: setup.py $(wildcard ops/*/*.cpp ops/*/*.h) $(TORCH_VERSION) | $(VENV)/.package
+	@mkdir -p build
+	$(BIN)/python setup.py --quiet build_ext --inplace > build/kernels.log 2>&1 || { cat build/kernels.log; exit 1; }
+	@sed -n '/^mmspatialmamba:/p' build/kernels.log # says why the kernels were left out, if they were
+	touch $@
+
+$(VENV)/.complete: $(filter-out requirements/build.txt,$(wildcard requirements/*.txt)) $(TORCH_VERSION) | $(VENV)/.kernels
+	$(BIN)/python -m mmspatialmamba.install_mmcv
+	$(BIN)/pip install --no-build-isolation -r requirements/openmmlab.txt -r requirements/mim.txt \
+		-r requirements/test.txt -r requirements/docs.txt -r requirements/export.txt
 	$(BIN)/python -c "import triton" || $(BIN)/pip install triton==3.6.0  # which a CPU build of PyTorch lacks
 	$(BIN)/pip install --no-deps openmim==0.3.9
-	$(BIN)/pip install --no-deps --target $(VENV)/torchvision $(TORCHVISION)
-	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	$(BIN)/pip install --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
+	$(BIN)/python -m mmspatialmamba
 	touch $@
 
 quickstart: $(QUICKSTART_CHECKPOINT)
@@ -74,6 +91,12 @@ test-end-to-end: env
 
 test-all: env
 	$(BIN)/pytest
+
+wheel: $(VENV)/.torch
+	rm -rf build
+	MMSPATIALMAMBA_BUILD_OPS=0 $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	MMSPATIALMAMBA_BUILD_OPS=1 MMSPATIALMAMBA_CPU_VARIANTS=all \
+		$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 docs: env
 	$(BIN)/sphinx-build -W --keep-going -b html docs work_dirs/site

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+REPOSITORY = os.environ.get('MMSPATIALMAMBA_REPOSITORY')
+"""Address of the repository, which the release workflow knows: of the links and pictures in the wheel's README."""
 VERSION = (ROOT / 'mmspatialmamba' / 'version.py').read_text().split("__version__ = '")[1].split("'")[0]
 KERNELS = (ROOT / 'ops' / 'backends.py').read_text().split('KERNELS = ')[1].split('\n')[0]
 
@@ -57,8 +60,24 @@ if CPU_VARIANTS not in ('native', 'all'):
 # One library for each width of vector registers; ops/backends.py loads the widest that the CPU has.
 VECTOR_FLAGS = {'default': []}
 if platform.machine() in ('x86_64', 'AMD64'):
-    VECTOR_FLAGS['avx2'] = ['-mavx2', '-mfma', '-mf16c']
-    VECTOR_FLAGS['avx512'] = ['-mavx512f', '-mavx512dq', '-mavx512bw', '-mavx512vl', '-mfma', '-mf16c']
+    MSVC = platform.system() == 'Windows'
+    VECTOR_FLAGS['avx2'] = ['/arch:AVX2'] if MSVC else ['-mavx2', '-mfma', '-mf16c']
+    VECTOR_FLAGS['avx512'] = (
+        ['/arch:AVX512'] if MSVC else ['-mavx512f', '-mavx512dq', '-mavx512bw', '-mavx512vl', '-mfma', '-mf16c']
+    )
+COMPILE_FLAGS, LINK_FLAGS = {
+    'Windows': (['/O2', '/openmp'], []),
+    'Darwin': (['-O3', '-g0'], []),  # Apple's clang has no OpenMP
+}.get(platform.system(), (['-O3', '-g0', '-fopenmp'], ['-fopenmp']))
+
+
+def readme() -> str:
+    """Returns README.md; with a known repository, its links and pictures by address, since a wheel has no docs/."""
+    text = (ROOT / 'README.md').read_text()
+    if not REPOSITORY:
+        return text
+    text = re.sub(r'(!\[[^\]]*\])\((?!https?:)', rf'\1({REPOSITORY}/raw/v{VERSION}/', text)
+    return re.sub(r'(?<!!)(\[[^\]]*\])\((?!https?:|#)', rf'\1({REPOSITORY}/blob/v{VERSION}/', text)
 
 
 def build_ops() -> dict:
@@ -85,20 +104,29 @@ def build_ops() -> dict:
             super().build_extension(ext)
             self.build_temp = shared
 
+    minor = '.'.join(torch.__version__.split('.')[:2])
+
     def extension(variant: str) -> CppExtension:
         capability = variant.upper()
         macros = [f'-DCPU_CAPABILITY={capability}', f'-DCPU_CAPABILITY_{capability}']
         return CppExtension(
-            f'mmspatialmamba.ops._cpu_{variant}_v{KERNELS}',
+            f'mmspatialmamba.ops._cpu_{variant}_v{KERNELS}_torch{minor.replace(".", "_")}',
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'ops').glob('*/cpu.cpp')),
-            extra_compile_args=['-O3', '-g0', '-fopenmp', *macros, *VECTOR_FLAGS[variant]],
-            extra_link_args=['-fopenmp'],
+            extra_compile_args=[*COMPILE_FLAGS, *macros, *VECTOR_FLAGS[variant]],
+            extra_link_args=LINK_FLAGS,
+            py_limited_api=True,  # the libraries hold no symbol of Python
         )
 
     native = torch.backends.cpu.get_cpu_capability().lower()
     variants = list(VECTOR_FLAGS) if CPU_VARIANTS == 'all' else [native if native in VECTOR_FLAGS else 'default']
     COMMANDS['build_ext'] = BuildOps
-    return {'ext_modules': [extension(variant) for variant in variants]}
+    built = {
+        'ext_modules': [extension(variant) for variant in variants],
+        'options': {'bdist_wheel': {'py_limited_api': 'cp310'}},
+    }
+    if BUILD_OPS == '1':  # Kernels that somebody asked for bind the installation to the PyTorch they are built for.
+        built |= {'version': f'{VERSION}+torch{minor}', 'install_requires': [f'torch=={minor}.*']}
+    return built
 
 
 def skipped(reason: str, error: Exception | None = None) -> dict:
@@ -109,20 +137,24 @@ def skipped(reason: str, error: Exception | None = None) -> dict:
     return {}
 
 
+ARGUMENTS = {'version': VERSION, 'install_requires': ['torch>=2.1']} | build_ops()
+LINKS = {
+    'Paper': 'https://arxiv.org/abs/2410.15091',
+    'Original code': 'https://github.com/EdwardChasel/Spatial-Mamba',
+    'VMamba': 'https://github.com/MzeroMiko/VMamba',
+} | ({'Repository': REPOSITORY, 'Changelog': f'{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md'} if REPOSITORY else {})
+
 setup(
-    name='mmspatialmamba',
-    version=VERSION,
-    description='Spatial-Mamba as a backbone for OpenMMLab detection, segmentation and classification',
-    long_description=(ROOT / 'README.md').read_text(),
+    long_description=readme(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.10',
+    license='Apache-2.0',  # as a text, which every version of setuptools takes here
+    project_urls=LINKS,
     packages=PACKAGES,
     package_dir={'mmspatialmamba.ops': 'ops'},
-    install_requires=['torch>=2.1'],
+    package_data={'mmspatialmamba': ['py.typed']},
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
     extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
-    **build_ops(),
     cmdclass=COMMANDS,
+    **ARGUMENTS,
 )

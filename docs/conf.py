@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 import mmspatialmamba
-from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
+from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA, VMAMBA, NameTable
 
 METAFILE = Path(__file__).parents[1] / 'configs' / 'metafile.yml'
 
@@ -45,6 +45,11 @@ def markdown_table(rows: list[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
 
 
+def names_table(names: NameTable) -> str:
+    """Returns the names of a backbone's parameters, original and own, as a Markdown table."""
+    return markdown_table([['original', 'here'], *([f'`{official}`', f'`{own}`'] for official, own in names.pairs)])
+
+
 project = 'mmspatialmamba'
 author = project_copyright = 'the mmspatialmamba authors'
 version = release = mmspatialmamba.__version__
@@ -60,9 +65,8 @@ myst_substitutions = {
     'detection': zoo_table(_models, 'Object Detection'),
     'segmentation': zoo_table(_models, 'Semantic Segmentation'),
     'classification': zoo_table(_models, 'Image Classification'),
-    'names': markdown_table(
-        [['original', 'here'], *([f'`{official}`', f'`{own}`'] for official, own in SPATIAL_MAMBA.pairs)]
-    ),
+    'names': names_table(SPATIAL_MAMBA),
+    'vmamba_names': names_table(VMAMBA),
 }
 nb_execution_mode = 'off'  # tests/test_docs.py executes the notebook
 

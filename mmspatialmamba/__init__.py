@@ -15,7 +15,7 @@ except ImportError as error:
 from .configs import config_path
 from .version import __version__
 
-WITH_MMENGINE = ('LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'fuse', 'swap_backbone', 'unfuse')
+WITH_MMENGINE = ('LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'VMamba', 'fuse', 'swap_backbone', 'unfuse')
 """What this package offers beside these, where MMEngine is installed."""
 
 __all__ = ['__version__', 'config_path', 'ops']
@@ -37,8 +37,8 @@ else:
     from . import checkpoint, flops
     from .backbone_swap import swap_backbone
     from .layer_decay import LayerDecayOptimWrapperConstructor
-    from .models import SpatialMamba, fuse, unfuse
+    from .models import SpatialMamba, VMamba, fuse, unfuse
 
     checkpoint.register()
     flops.register()
-    __all__ += ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'fuse', 'swap_backbone', 'unfuse']
+    __all__ += ['LayerDecayOptimWrapperConstructor', 'SpatialMamba', 'VMamba', 'fuse', 'swap_backbone', 'unfuse']

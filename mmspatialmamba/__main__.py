@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from . import ops
+from . import install_mmcv, ops
 from .version import __version__
 
 TOOLBOXES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mim')
@@ -20,7 +20,8 @@ def main() -> int:
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}')
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            print(f'GPU {index}: {torch.cuda.get_device_name(index)}')
+            major, minor = torch.cuda.get_device_capability(index)
+            print(f'GPU {index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}')
     else:
         print('GPU: none')
     advice = [line for name in TOOLBOXES + OTHERS if (line := report_module(name))]
@@ -54,16 +55,30 @@ def report_module(name: str) -> str:
     if len(set(providers)) > 1:
         print(f'{name}: {versions}')
         return f'{name} comes from several distributions, which write over each other; keep one of {versions}'
-    if name != 'mmcv':
-        print(f'{name}: {versions}')
-        return ''
-    try:
-        importlib.import_module('mmcv.ops')
-    except ImportError as error:
-        print(f'{name}: {versions}, without its ops')
-        return f'mmcv has no ops ({error}); detectors need them: reinstall mmcv with MMCV_WITH_OPS=1 and a C++ compiler'
-    print(f'{name}: {versions}, with its ops')
+    if name == 'mmcv':
+        return report_mmcv(providers, versions)
+    print(f'{name}: {versions}')
     return ''
+
+
+def report_mmcv(providers: list[str], versions: str) -> str:
+    """Prints which ops mmcv has, and for which GPUs; returns the advice that gives it those that this machine needs."""
+    on_gpu = torch.cuda.is_available() and torch.version.cuda is not None
+    fault = install_mmcv.find_fault(install_mmcv.cards() if on_gpu else [])
+    library = install_mmcv.library()
+    code = install_mmcv.gpu_code(library) if library else []
+    kinds = f', CUDA ops for {install_mmcv.describe(code)}' if code else ''
+    print(f'mmcv: {versions}, ' + ('not with the ops that this machine needs' if fault else f'with its ops{kinds}'))
+    return f'{fault}; detectors need them: {repair(providers)}' if fault else ''
+
+
+def repair(providers: list[str]) -> str:
+    """Returns the command that gives the installed mmcv ops that fit this PyTorch and this machine."""
+    name = providers[0].lower().replace('_', '-')
+    if name == 'mmcv-lite':  # it has no ops by intent
+        return f'pip uninstall mmcv-lite && {install_mmcv.COMMAND}'
+    requirement = f'{name}=={install_mmcv.installed_version(name)}'
+    return install_mmcv.COMMAND if requirement == install_mmcv.REQUIREMENT else f'{install_mmcv.COMMAND} {requirement}'
 
 
 if __name__ == '__main__':

@@ -488,7 +488,7 @@ def _swap_layer_decay(optim_wrapper: dict, former: ConfigDict, blocks: int) -> N
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
         flat_decay_mult=0.0,
-        custom_keys={'A_log': {'decay_mult': 0.0}},
+        custom_keys={'A_log': {'decay_mult': 0.0}, 'dt_bias': {'decay_mult': 0.0}},
     )
 
 

@@ -169,7 +169,7 @@ def _present(checkpoint: object, filename: str) -> object:
         others = {} if weights is checkpoint else checkpoint
         weights = unwrap(weights)
         if table.is_official(weights):
-            weights = OrderedDict((table.to_toolbox(name), value) for name, value in weights.items())
+            weights = OrderedDict(table.to_toolbox(*entry) for entry in weights.items())
         checkpoint = {key: value for key, value in others.items() if key != 'model'} | {'state_dict': weights}
     return _name_source(checkpoint, filename)
 

@@ -26,6 +26,7 @@ from .checkpoint import get_weights, load_from_local
 from .models import Backbone
 from .models.fused import FusedBlock
 from .ops import scan_states, state_fusion
+from .ops.selective_scan.orders import split, visited
 
 PICTURE_FORMATS = ('.png', '.jpg', '.webp', '.svg', '.pdf')
 
@@ -233,8 +234,65 @@ class SSMRecord:
         """State after fusion, (N, H, W, E)."""
         return state_fusion(self.h, self.taps)
 
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Returns what there is to see by its title, each (N, H, W, E)."""
+        return {
+            'input u': self.u,
+            'step size Δ': self.delta,
+            'state before fusion h': self.h,
+            'state after fusion g': self.g,
+            'observation y': self.y,
+        }
 
-RECORDS = {'structure_aware_ssm': SSMRecord}
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """One call of `mmspatialmamba.ops.selective_scan`: its arguments, its result y, and what lies between.
+
+    The names and shapes are those of the op's docstring; ``orders`` are the integers that its dispatcher takes.
+    """
+
+    u: torch.Tensor
+    dt: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    dt_weight: torch.Tensor
+    dt_bias: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    orders: tuple[int, ...]
+    y: torch.Tensor
+
+    @cached_property
+    def visits(self) -> list[torch.Tensor]:
+        """Positions of the row-major map in the sequence of each order, (HW,), int64."""
+        positions = self.u.shape[1] * self.u.shape[2]
+        return [visited(order, positions, self.u.device) for order in split(self.orders)]
+
+    @cached_property
+    def delta(self) -> torch.Tensor:
+        """Step size Δ of each order, (N, H, W, K, E)."""
+        pre = torch.einsum('nhwkr,ker->nhwke', self.dt, self.dt_weight) + self.dt_bias
+        return torch.logaddexp(pre, torch.zeros_like(pre))
+
+    @cached_property
+    def h(self) -> torch.Tensor:
+        """States of each order, (N, H, W, K, E, S)."""
+        u, delta, B = (x.flatten(1, 2) for x in (self.u, self.delta, self.B))
+        h = u.new_empty(*delta.shape, self.A.shape[-1])
+        for k, at in enumerate(self.visits):
+            for s in range(h.shape[-1]):
+                h[:, at, k, :, s] = scan_states(u[:, at], delta[:, at, k], self.A[k, :, s], B[:, at, k, s, None])
+        return h.unflatten(1, self.u.shape[1:3])
+
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Returns what there is to see by its title, each (N, H, W, E); of each order the observation of its states."""
+        observed = (self.h * self.C[..., None, :]).sum(-1)
+        orders = {f'C·h of order {k}': observed[..., k, :] for k in range(observed.shape[3])}
+        return {'input u': self.u, 'mean step size Δ': self.delta.mean(3), **orders, 'observation y': self.y}
+
+
+RECORDS = {'structure_aware_ssm': SSMRecord, 'selective_scan': ScanRecord}
 """What is recorded of a call, by the op that is called: a class whose fields are the op's arguments and result."""
 
 
@@ -247,13 +305,14 @@ class _Recorder(TorchFunctionMode):
         self.record = RECORDS[op]
         self.turns = turns
         self.count = 0
-        self.records: dict[int, SSMRecord] = {}
+        self.records: dict[int, SSMRecord | ScanRecord] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is self.op:
+        if getattr(func, 'overloadpacket', func) is self.op:
             if self.count in self.turns:
-                self.records[self.count] = self.record(*(tensor.detach() for tensor in (*args, result)))
+                fields = (x.detach() if isinstance(x, torch.Tensor) else x for x in (*args, result))
+                self.records[self.count] = self.record(*fields)
             self.count += 1
         return result
 
@@ -266,7 +325,7 @@ def last_blocks(backbone: Backbone) -> list[tuple[int, int]]:
 @torch.no_grad()
 def record_ssm(
     backbone: nn.Module, inputs: torch.Tensor, blocks: Sequence[tuple[int, int]]
-) -> dict[tuple[int, int], SSMRecord]:
+) -> dict[tuple[int, int], SSMRecord | ScanRecord]:
     """Runs the backbone once and returns what the SSMs of the named blocks computed.
 
     Args:

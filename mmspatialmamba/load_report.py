@@ -1,4 +1,4 @@
-"""Fits a state dict to a backbone: renames it by the backbone's table and says what matched."""
+"""Fits a state dict to a backbone: gives it the names and shapes of the backbone's table and says what matched."""
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ class LoadReport:
         missing: Names of the backbone's entries that the state dict lacks.
         unexpected: Names in the state dict that the backbone lacks, as given.
         mismatched: Names whose shape differs, with both shapes.
+        is_incomplete: Whether the state dict is in the published layout and lacks more than output norms, which a
+            classifier's has not: it is damaged, or of another size.
     """
 
     expected: int
@@ -25,6 +27,7 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
+    is_incomplete: bool
 
     @property
     def absent(self) -> bool:
@@ -54,7 +57,7 @@ class LoadReport:
 def fit_state_dict(
     state_dict: MutableMapping, prefix: str, own: Mapping[str, object], table: NameTable, classifier: bool
 ) -> LoadReport:
-    """Renames a state dict in place to this project's names, if it is in the published layout of the backbone.
+    """Gives a state dict in place this project's names and shapes, if it is in the published layout of the backbone.
 
     A state dict of a whole model, whose backbone lies under ``backbone.``, is reduced to that part when the backbone
     itself is what loads it (``prefix`` is empty).
@@ -80,9 +83,12 @@ def fit_state_dict(
                 outside.append(name)
 
     given = {name: name for name in state_dict if name.startswith(prefix)}
-    if table.is_official(given, prefix):
-        given = {prefix + table.to_own(name.removeprefix(prefix), classifier): name for name in given}
-        state_dict.update([(renamed, state_dict.pop(name)) for renamed, name in given.items()])
+    is_published = table.is_official(given, prefix)
+    if is_published:
+        own_names = {table.to_own(name.removeprefix(prefix), classifier): name for name in given}
+        given = {prefix + name: official for name, official in own_names.items()}
+        values = [(name, state_dict.pop(official)) for name, official in own_names.items()]
+        state_dict.update([(prefix + name, table.to_own_value(name, value)) for name, value in values])
 
     matched, mismatched = [], []
     for name, value in own.items():
@@ -97,7 +103,8 @@ def fit_state_dict(
     names = dict.fromkeys(prefix + name for name in own)
     missing = [name for name in names if name not in given and not name.endswith('num_batches_tracked')]
     unexpected = [name for renamed, name in given.items() if renamed not in names] + outside
-    return LoadReport(len(own), matched, missing, unexpected, mismatched)
+    lacks_layers = any(not name.removeprefix(prefix).startswith(NameTable.NORMS) for name in missing)
+    return LoadReport(len(own), matched, missing, unexpected, mismatched, is_published and lacks_layers)
 
 
 def _kind(value: object) -> tuple[int, ...] | str:

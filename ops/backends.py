@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
-KERNELS = 2
+KERNELS = 3
 """Version of the C++ kernels, a part of their libraries' names; setup.py reads it here.
 
 It rises with the schema of an op: to load a library that was built for another schema would end the process.
+"""
+BUILT_FOR = 'torch' + '_'.join(torch.__version__.split('.')[:2])
+"""The PyTorch that the C++ kernels have to be built for, the end of their libraries' names as setup.py writes them.
+
+PyTorch keeps its C++ interface within a minor version only; a library of another one may load, and go wrong later.
 """
 COMPILED = {'cpp': 'cpu', 'triton': 'cuda'}
 """Compiled implementations and the device type that each serves."""
@@ -47,6 +52,11 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """Returns what serves each device type; devices that are not listed are served by the reference."""
     return dict(_loaded)
+
+
+def library_name(variant: str) -> str:
+    """Returns the name, without its ending, of the library of the C++ kernels for a width of vector registers."""
+    return f'_cpu_{variant}_v{KERNELS}_{BUILT_FOR}'
 
 
 def load_backends() -> None:
@@ -90,14 +100,19 @@ def _load_cpp() -> str:
     variants = ('avx512', 'avx2', 'default')
     capability = torch.backends.cpu.get_cpu_capability().lower()
     usable = variants[variants.index(capability) :] if capability in variants else ('default',)
-    built = {variant: next(Path(__file__).parent.glob(f'_cpu_{variant}_v{KERNELS}.*'), None) for variant in usable}
-    library = next((built[variant] for variant in usable if built[variant]), None)
-    if library is None:
-        return f'version {KERNELS} not built for {" or ".join(usable)}. In a checkout, with a C++ compiler: {BUILD}'
+    folder = Path(__file__).parent
+    libraries = [path for variant in usable for path in folder.glob(f'{library_name(variant)}.*')]
+    if not libraries:
+        others = sorted(path.name.partition('.')[0] for path in folder.glob('_cpu_*'))
+        found = f'; there are {", ".join(others)}' if others else ''
+        wanted = ' or '.join(map(library_name, usable))
+        return (
+            f'{wanted} is not built for PyTorch {torch.__version__}{found}. In a checkout, with a C++ compiler: {BUILD}'
+        )
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(libraries[0])
     except OSError as error:
-        return f'{library.name} does not load with PyTorch {torch.__version__} ({error}). In a checkout: {BUILD}'
+        return f'{libraries[0].name} does not load with PyTorch {torch.__version__} ({error}). In a checkout: {BUILD}'
     return ''
 
 

@@ -40,13 +40,15 @@ def register_fake(library: torch.library.Library, name: str, fake: Callable) -> 
 
 
 def register_autograd(
-    library: torch.library.Library, name: str, backward: Callable, setup_context: Callable | None = None
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    backward: Callable,
+    setup_context: Callable | None = None,
 ) -> None:
     """Registers an op's derivative (2.4: torch.library.register_autograd)."""
     if VERSION >= (2, 4):
-        torch.library.register_autograd(f'{library.ns}::{name}', backward, setup_context=setup_context, lib=library)
+        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
         return
-    op = getattr(getattr(torch.ops, library.ns), name).default
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -57,7 +59,7 @@ def register_autograd(
         'setup_context': staticmethod(setup_context or (lambda ctx, inputs, output: None)),
         'backward': staticmethod(backward),
     }
-    function = type(f'{name}_derivative', (torch.autograd.Function,), formula)
+    function = type(f'{op.name()}_derivative', (torch.autograd.Function,), formula)
 
     def kernel(*args):
         differentiated = torch.is_grad_enabled() and any(
@@ -65,4 +67,4 @@ def register_autograd(
         )
         return function.apply(*args) if differentiated else forward(*args)
 
-    library.impl(name, kernel, 'Autograd')
+    library.impl(op, kernel, 'Autograd')

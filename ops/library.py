@@ -45,6 +45,12 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float64 else compat.autocast_dtype(x.device.type) or x.dtype
 
 
+def overload(name: str) -> torch._ops.OpOverload:
+    """Returns an op by its name, which ends in that of its overload where it has one, such as 'scan.orders'."""
+    packet, _, overload_name = name.partition('.')
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload_name or 'default')
+
+
 def define(schema: str, shapes: str, reference: Callable, fake: Callable) -> None:
     """Defines an op from its schema, with the reference as the kernel of last resort.
 
@@ -73,8 +79,8 @@ def define(schema: str, shapes: str, reference: Callable, fake: Callable) -> Non
         return fake(*args)
 
     LIBRARY.define(schema)
-    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
-    SHAPES[name] = Shapes(f'{NAMESPACE}::{name}', [argument.name for argument in arguments], shapes)
+    arguments = [argument.name for argument in overload(name)._schema.arguments]
+    SHAPES[name] = Shapes(f'{NAMESPACE}::{name}', arguments, shapes)
     REFERENCES[name] = kernel
     LIBRARY.impl(name, kernel, 'CompositeExplicitAutograd')
     compat.register_fake(LIBRARY, name, checked_fake)
@@ -109,7 +115,7 @@ def is_compiled(name: str, device: torch.device) -> bool:
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Registers the autograd formula of an op that `define` has defined."""
-    compat.register_autograd(LIBRARY, name, backward, setup_context)
+    compat.register_autograd(LIBRARY, overload(name), backward, setup_context)
 
 
 def refuse_double_backward(name: str) -> None:
@@ -118,7 +124,7 @@ def refuse_double_backward(name: str) -> None:
     def backward(ctx, *gradients):
         raise NotImplementedError(f'{NAMESPACE}::{name} has no derivative: double backward is not supported')
 
-    compat.register_autograd(LIBRARY, name, backward)
+    compat.register_autograd(LIBRARY, overload(name), backward)
 
 
 def _warn_if_slow(name: str, device: str) -> None:

@@ -44,6 +44,32 @@ def ssm_loop(u, dt, B, C, dt_weight, dt_bias, A, D, kernels, alpha):
     return fusion_convolutions(h, kernels, alpha) * C + D * u
 
 
+VISITS = {
+    'rows': lambda H, W: [(i, j) for i in range(H) for j in range(W)],
+    'columns': lambda H, W: [(i, j) for j in range(W) for i in range(H)],
+    'rows_backwards': lambda H, W: [(i, j) for i in reversed(range(H)) for j in reversed(range(W))],
+    'columns_backwards': lambda H, W: [(i, j) for j in reversed(range(W)) for i in reversed(range(H))],
+    'rows_snake': lambda H, W: [(i, W - 1 - j if i % 2 else j) for i in range(H) for j in range(W)],
+    'columns_snake': lambda H, W: [(H - 1 - i if j % 2 else i, j) for j in range(W) for i in range(H)],
+}
+"""The positions (row, column) in each order."""
+
+
+def orders_loop(u, dt, B, C, dt_weight, dt_bias, A, D, orders):
+    """Sum over the orders of the scan, position by position along each, all states of a channel at once."""
+    y = u * D.sum(0)
+    for k, name in enumerate(orders):
+        state = torch.zeros_like(u[:, 0, 0, :, None] * A[k])
+        observed = {}
+        for i, j in VISITS[name](*u.shape[1:3]):
+            delta = torch.log1p(torch.exp(dt[:, i, j, k] @ dt_weight[k].T + dt_bias[k]))[..., None]
+            state = torch.exp(delta * A[k]) * state + delta * B[:, i, j, k, None] * u[:, i, j, :, None]
+            observed[i, j] = (state * C[:, i, j, k, None]).sum(-1)
+        rows = [torch.stack([observed[i, j] for j in range(u.shape[2])], 1) for i in range(u.shape[1])]
+        y = y + torch.stack(rows, 1)
+    return y
+
+
 def scan_inputs(length, channels=5, batch=2, dtype=torch.float64, seed=0):
     """u, delta, A, B of `scan_states`."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,6 +114,24 @@ def ssm_arguments(grid, channels=5, rank=2, batch=2, dtype=torch.float64, seed=0
     """The nine arguments of `structure_aware_ssm`."""
     inputs, kernels, alpha = ssm_inputs(grid, channels, rank, batch, dtype, seed)
     return (*inputs, fusion_taps(*kernels, alpha))
+
+
+def orders_arguments(grid, channels=5, rank=2, orders=4, states=1, batch=2, dtype=torch.float64, seed=8):
+    """u, dt, B, C, dt_weight, dt_bias, A, D of `selective_scan`; dtypes as those of `ssm_inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape, dtype=parameter_dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    u, dt, B, C = (
+        normal(batch, *grid, *sizes, dtype=dtype)
+        for sizes in ((channels,), (orders, rank), (orders, states), (orders, states))
+    )
+    return (
+        u, dt, B, C, normal(orders, channels, rank), normal(orders, channels),
+        -torch.exp(normal(orders, channels, states)), normal(orders, channels),
+    )  # fmt: skip
 
 
 def conv_arguments(grid, channels=5, dtype=torch.float64, batch=2, seed=3):

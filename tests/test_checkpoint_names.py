@@ -1,20 +1,19 @@
 """Official and own parameter names: one table, both ways, applied when a state dict is loaded."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, each_family, each_golden_set
 from mmengine.logging import MMLogger
 
 from mmspatialmamba import SpatialMamba
 from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
-DATA = Path(__file__).parent / 'data'
-ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
+SPATIAL, VMAMBA = FAMILIES[:2]
+ARCH = SPATIAL.arch
 
 
-def official_detector():
-    state = torch.load(DATA / 'official_small_detector.pth', weights_only=True)['state_dict']
+def official_detector(family=SPATIAL):
+    state = torch.load(family.detector, weights_only=True)['state_dict']
     return {name.removeprefix('backbone.'): tensor for name, tensor in state.items()}
 
 
@@ -27,19 +26,24 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def test_round_trip_is_lossless():
-    state = official_detector()
-    own = {SPATIAL_MAMBA.to_own(name): tensor for name, tensor in state.items()}
-    assert set(own) == set(SpatialMamba(ARCH).state_dict())
-    again = {SPATIAL_MAMBA.to_official(name): tensor for name, tensor in own.items()}
+@each_golden_set
+def test_round_trip_is_lossless(family):
+    state, names = official_detector(family), family.names
+    own = {(name := names.to_own(official)): names.to_own_value(name, value) for official, value in state.items()}
+    assert {name: value.shape for name, value in own.items()} == {
+        name: value.shape for name, value in family.build().state_dict().items()
+    }
+    again = {names.to_official(name): names.to_official_value(name, value) for name, value in own.items()}
     assert list(again) == list(state)
-    assert all(again[name] is tensor for name, tensor in state.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
-def test_own_names_are_unchanged():
-    for name in SpatialMamba(ARCH).state_dict():
-        assert SPATIAL_MAMBA.to_own(name) == name
-    for official, own in SPATIAL_MAMBA.pairs:
+@each_family
+def test_own_names_are_unchanged(family):
+    for name, value in family.build().state_dict().items():
+        assert family.names.to_own(name) == name
+        assert family.names.to_own_value(name, value) is value
+    for official, own in family.names.pairs:
         assert official != own
 
 
@@ -54,13 +58,15 @@ def test_names_of_other_modules_are_unchanged():
         assert SPATIAL_MAMBA.to_own(name) == name
 
 
-def test_loads_official_names_with_plain_pytorch(log):
-    model = SpatialMamba(ARCH)
-    model.load_state_dict(official_detector())
-    official = official_detector()
+@each_golden_set
+def test_loads_official_names_with_plain_pytorch(family, log):
+    model = family.build()
+    model.load_state_dict(official_detector(family))
+    official, names = official_detector(family), family.names
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, official[SPATIAL_MAMBA.to_official(name)])
-    assert '206 of 206 tensors matched, 0 missing, 0 unexpected, 0 of another shape.' in log.text
+        assert torch.equal(names.to_official_value(name, tensor), official[names.to_official(name)])
+    count = family.tensors
+    assert f'{count} of {count} tensors matched, 0 missing, 0 unexpected, 0 of another shape.' in log.text
 
 
 def test_loads_official_names_inside_another_module():
@@ -88,13 +94,15 @@ def test_the_log_names_what_does_not_fit(log):
     assert 'mismatched: out_norms.1.weight (expected (32,), found (3,))' in log.text
 
 
-def test_a_classifiers_norm_belongs_to_the_last_stage_alone():
-    state = torch.load(DATA / 'official_small_classification.pth', weights_only=True)['model']
-    state['norm.weight'] = torch.full_like(state['norm.weight'], 7.0)
-    classifier, pyramid = SpatialMamba(ARCH, out_indices=(3,)), SpatialMamba(ARCH)
+@each_family
+def test_a_classifiers_norm_belongs_to_the_last_stage_alone(family):
+    state = torch.load(family.classification, weights_only=True)['model']
+    norm = 'norm.weight' if family is SPATIAL else 'classifier.norm.weight'
+    state[norm] = torch.full_like(state[norm], 7.0)
+    classifier, pyramid = family.build(out_indices=(3,)), family.build()
     for model in (classifier, pyramid):
         model.load_state_dict(state, strict=False)
-    assert torch.equal(classifier.out_norms['3'].weight, state['norm.weight'])
+    assert torch.equal(classifier.out_norms['3'].weight, state[norm])
     assert torch.equal(pyramid.out_norms['3'].weight, torch.ones(128))
 
 
@@ -120,3 +128,76 @@ def test_a_swin_file_under_its_authors_names_matches_nothing(out_indices):
     }
     with pytest.raises(RuntimeError, match=r'matches nothing.* found layers\.0\.blocks'):
         SpatialMamba(ARCH, out_indices=out_indices).load_state_dict(state, strict=False)
+
+
+def kernels_of(state, *layers):
+    """Writes the weights of linear layers as those of 1x1 convolutions."""
+    return {
+        name: value[:, :, None, None] if name.endswith(tuple(f'{layer}.weight' for layer in layers)) else value
+        for name, value in state.items()
+    }
+
+
+def test_linear_weights_may_be_kernels_of_1x1_convolutions():
+    state, model = official_detector(VMAMBA), VMAMBA.build()
+    state = kernels_of(state, 'in_proj', 'out_proj', 'fc1', 'fc2')
+    assert sum(value.ndim == 4 for value in state.values()) == 5 + 5 * 5  # stem and downsamples; of five blocks
+    model.load_state_dict(state)
+    expected = VMAMBA.build()
+    expected.load_state_dict(official_detector(VMAMBA))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+def first_generation(mixer, prefix=''):
+    """Entries of a first-generation file: state size 16 and a gate, under the names of both versions of its code."""
+    place = f'{prefix}layers.0.blocks.0.{mixer}'
+    return {
+        f'{place}.x_proj_weight': torch.zeros(4, 1 + 32, 32),
+        f'{place}.dt_projs_weight': torch.zeros(4, 32, 1),
+        f'{place}.A_logs': torch.zeros(128, 16),
+        f'{place}.in_proj.weight': torch.zeros(64, 16),
+        f'{place}.conv2d.weight': torch.zeros(32, 1, 3, 3),
+        f'{prefix}layers.0.downsample.norm.weight': torch.zeros(64),
+    }
+
+
+@pytest.mark.parametrize('mixer', ['op', 'self_attention'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_the_first_generation_of_vmamba_is_refused_by_name(mixer, prefix):
+    message = r'VMamba: the state dict cannot be loaded: .*A_logs belongs to another VMamba, with state size 16 '
+    with pytest.raises(RuntimeError, match=message):
+        VMAMBA.build().load_state_dict(first_generation(mixer, prefix), strict=False)
+    outer = torch.nn.ModuleDict({'backbone': VMAMBA.build()})
+    with pytest.raises(RuntimeError, match=message):
+        outer.load_state_dict(first_generation(mixer, 'backbone.'), strict=False)
+    gated = {**official_detector(VMAMBA), 'layers.0.blocks.0.op.in_proj.weight': torch.zeros(64, 16)}
+    with pytest.raises(RuntimeError, match='another VMamba, with a gate, such as'):
+        VMAMBA.build().load_state_dict(gated, strict=False)
+
+
+@pytest.mark.parametrize('pair', [(SPATIAL, VMAMBA), (VMAMBA, SPATIAL)], ids=['into VMamba', 'into SpatialMamba'])
+@pytest.mark.parametrize('layout', ['own', 'official'])
+def test_the_other_backbone_of_this_package_is_refused(pair, layout):
+    """Norms, MLPs and output norms have the same own names and shapes in both."""
+    given, wanted = pair
+    state = given.build().state_dict() if layout == 'own' else official_detector(given)
+    with pytest.raises(RuntimeError, match=rf'{wanted.backbone.__name__}: the state dict holds another backbone'):
+        wanted.build().load_state_dict(state, strict=False)
+    outer = torch.nn.ModuleDict({'backbone': wanted.build()})
+    with pytest.raises(RuntimeError, match='holds another backbone'):
+        outer.load_state_dict({f'backbone.{name}': value for name, value in state.items()}, strict=False)
+
+
+@each_family
+def test_a_published_file_that_lacks_a_layer_is_refused(family):
+    state = official_detector(family)
+    (lacking,) = (name for name in state if name.endswith('layers.2.blocks.1.mlp.fc2.weight'))
+    del state[lacking]
+    counts = f'{family.tensors - 1} of {family.tensors} tensors matched, 1 missing'
+    message = rf'{counts}(.|\n)*missing: {family.names.to_own(lacking)}'
+    with pytest.raises(RuntimeError, match=message):
+        family.build().load_state_dict(state, strict=False)
+    larger = family.backbone({**family.arch, 'depths': (1, 1, 3, 1)})
+    with pytest.raises(RuntimeError, match='tensors matched'):
+        larger.load_state_dict(official_detector(family), strict=False)

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmspatialmamba
-from mmspatialmamba import SpatialMamba
+from mmspatialmamba import SpatialMamba, VMamba
 from mmspatialmamba.checkpoint_names import SPATIAL_MAMBA
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -26,20 +26,25 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
 def test_config_resolves_and_its_backbone_builds(path):
     backbone = dict(Config.fromfile(path).model.backbone)
-    assert backbone.pop('type') == 'mmspatialmamba.SpatialMamba'
+    family = VMamba if '_vmamba_' in path.stem else SpatialMamba
+    assert backbone.pop('type') == f'mmspatialmamba.{family.__name__}'
     with torch.device('meta'):
-        SpatialMamba(**backbone)
+        family(**backbone)
+
+
+SMALL = dict.fromkeys(('mask_rcnn_sm_t', 'mask2former_semantic_sm_t', 'cls_sm_t'), 'embed_dims=64, depths=(1,) * 4')
+SMALL['cls_vmamba_t'] = 'embed_dims=96, depths=(1,) * 4, ssm_ratio=1'
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize('name', ['mask_rcnn_sm_t', 'mask2former_semantic_sm_t', 'cls_sm_t'])
+@pytest.mark.parametrize('name', SMALL)
 def test_imports_and_hooks_of_a_child_switch_nothing_off(name, tmp_path):
     child = tmp_path / 'child.py'
     child.write_text(
         f'_base_ = [{str(CONFIGS / name)!r} + ".py"]\n'
         'custom_imports = dict(imports=["json"], allow_failed_imports=False)\n'
         'custom_hooks = [dict(type="EmptyCacheHook")]\n'
-        'model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=64, depths=(1, 1, 1, 1)), pretrained=None))\n'
+        f'model = dict(backbone=dict(arch=dict(_delete_=True, {SMALL[name]}), pretrained=None))\n'
     )
     code = f"""
         import sys
@@ -58,8 +63,9 @@ def test_imports_and_hooks_of_a_child_switch_nothing_off(name, tmp_path):
     result = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     backbone, *hooks = result.stdout.splitlines()[-1].split()
-    assert backbone == 'SpatialMamba'
-    assert ({'EMAHook', 'MESAHook'} <= set(hooks)) == (name == 'cls_sm_t')
+    assert backbone == ('VMamba' if 'vmamba' in name else 'SpatialMamba')
+    assert ('EMAHook' in hooks) == name.startswith('cls_')
+    assert ('MESAHook' in hooks) == (name == 'cls_sm_t')
 
 
 def optimizer_of(config):
@@ -67,20 +73,43 @@ def optimizer_of(config):
     return optimizer.type, optimizer.lr, tuple(optimizer.betas), optimizer.weight_decay
 
 
-@pytest.mark.parametrize(('method', 'archs'), [('mask_rcnn', 'tsb'), ('upernet', 'tsb'), ('cls', 'tsb')])
-def test_published_variants(method, archs):
-    widths = {'t': (64, (2, 4, 8, 4), 0.2), 's': (64, (2, 4, 21, 5), 0.3), 'b': (96, (2, 4, 21, 5), 0.5)}
-    for arch in archs:
-        backbone = dict(Config.fromfile(CONFIGS / f'{method}_sm_{arch}.py').model.backbone)
-        assert backbone.pop('type') == 'mmspatialmamba.SpatialMamba'
+VARIANTS = {
+    'sm': {'t': (64, (2, 4, 8, 4), 0.2), 's': (64, (2, 4, 21, 5), 0.3), 'b': (96, (2, 4, 21, 5), 0.5)},
+    'vmamba': {'t': (96, (2, 2, 8, 2), 0.2), 's': (96, (2, 2, 15, 2), 0.3), 'b': (128, (2, 2, 15, 2), 0.6)},
+}
+each_name = pytest.mark.parametrize('name', VARIANTS)
+
+
+@pytest.mark.parametrize('method', ['mask_rcnn', 'upernet', 'cls'])
+@each_name
+def test_published_variants(method, name):
+    family = {'sm': SpatialMamba, 'vmamba': VMamba}[name]
+    for arch, sizes in VARIANTS[name].items():
+        config = Config.fromfile(CONFIGS / f'{method}_{name}_{arch}.py').model
+        backbone = dict(config.backbone)
+        assert backbone.pop('type') == f'mmspatialmamba.{family.__name__}'
         with torch.device('meta'):
-            model = SpatialMamba(**backbone)
-        assert (model.channels[0], model.depths, backbone['drop_path_rate']) == widths[arch]
+            model = family(**backbone)
+        assert (model.channels[0], model.depths, backbone['drop_path_rate']) == sizes
+        channels = list(model.channels)
+        if method == 'mask_rcnn':
+            assert config.neck.in_channels == channels
+        elif method == 'upernet':
+            assert config.decode_head.in_channels == channels
+            assert (config.auxiliary_head.in_channels, config.auxiliary_head.in_index) == (channels[2], 2)
+        else:
+            assert config.head.in_channels == channels[3]
 
 
-def test_mask_rcnn_3x_is_the_published_recipe():
+def test_ratios_of_the_published_vmambas():
+    ratios = {arch: Config.fromfile(CONFIGS / f'cls_vmamba_{arch}.py').model.backbone.arch for arch in 'tsb'}
+    assert [VMamba.ARCHITECTURES[arch]['ssm_ratio'] for arch in ratios.values()] == [1, 2, 2]
+
+
+@each_name
+def test_mask_rcnn_3x_is_the_published_recipe(name):
     for arch in 'ts':
-        config = Config.fromfile(CONFIGS / f'mask_rcnn_sm_{arch}_3x.py')
+        config = Config.fromfile(CONFIGS / f'mask_rcnn_{name}_{arch}_3x.py')
         assert optimizer_of(config) == ('AdamW', 1e-4, (0.9, 0.999), 0.05)
         assert config.param_scheduler[1].milestones == [27, 33]
         assert config.train_cfg.max_epochs == config.param_scheduler[1].end == 36
@@ -90,8 +119,10 @@ def test_mask_rcnn_3x_is_the_published_recipe():
         assert [step.type for step in crop_and_resize] == ['RandomChoiceResize', 'RandomCrop', 'RandomChoiceResize']
 
 
-def test_upernet_is_the_published_recipe():
-    config = Config.fromfile(CONFIGS / 'upernet_sm_t.py')
+@each_name
+def test_upernet_is_the_published_recipe(name):
+    config = Config.fromfile(CONFIGS / f'upernet_{name}_t.py')
+    assert config.model.test_cfg.mode == 'whole'
     assert optimizer_of(config) == ('AdamW', 6e-5, (0.9, 0.999), 0.01)
     assert config.train_dataloader.batch_size * 4 == config.auto_scale_lr.base_batch_size == 16
     warm_up, poly = config.param_scheduler
@@ -103,7 +134,11 @@ def test_upernet_is_the_published_recipe():
 
 @pytest.mark.parametrize(
     ('name', 'ratios'),
-    [('upernet_sm_t.py', [0.75, 1.0, 1.25]), ('upernet_sm_t_six_scales.py', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])],
+    [
+        ('upernet_sm_t.py', [0.75, 1.0, 1.25]),
+        ('upernet_sm_t_six_scales.py', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]),
+        ('upernet_vmamba_b.py', [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]),
+    ],
 )
 def test_upernet_augments_tests(name, ratios):
     scales, flips, *_ = Config.fromfile(CONFIGS / name).tta_pipeline[1].transforms
@@ -111,11 +146,16 @@ def test_upernet_augments_tests(name, ratios):
     assert [flip.prob for flip in flips] == [0.0, 1.0]
 
 
-def test_classification_is_the_published_recipe():
+@each_name
+def test_classification_is_the_published_recipe(name):
     for arch, mesa_weight in zip('tsb', (1.0, 1.5, 2.0), strict=True):
-        config = Config.fromfile(CONFIGS / f'cls_sm_{arch}.py')
+        config = Config.fromfile(CONFIGS / f'cls_{name}_{arch}.py')
         assert optimizer_of(config) == ('AdamW', 1e-3, (0.9, 0.999), 0.05)
-        assert config.model.mesa_weight == mesa_weight
+        assert config.model.get('mesa_weight') == (mesa_weight if name == 'sm' else None)
+    test = {step.type: step for step in config.test_dataloader.dataset.pipeline}
+    assert (test['ResizeEdge'].scale, test['ResizeEdge'].interpolation, test['CenterCrop'].crop_size) == (
+        256, 'bicubic', 224,
+    )  # fmt: skip
     assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 1024
     assert config.optim_wrapper.clip_grad.max_norm == 5.0
     assert config.optim_wrapper.type == 'AmpOptimWrapper'
@@ -132,9 +172,9 @@ def test_classification_is_the_published_recipe():
     # The authors' colour jitter has no effect: timm's create_transform leaves it out beside RandAugment.
     assert 'ColorJitter' not in steps
     assert steps['RandomErasing'].erase_prob == 0.25
-    ema, mesa = config.default_hooks.ema, config.default_hooks.mesa
+    ema, mesa = config.default_hooks.ema, config.default_hooks.get('mesa')
     assert (ema.type, ema.momentum) == ('EMAHook', 1e-4)
-    assert mesa.begin_epoch == config.train_cfg.max_epochs // 4
+    assert (mesa.begin_epoch == config.train_cfg.max_epochs // 4) if name == 'sm' else mesa is None
 
 
 def test_classification_averages_the_statistics_of_batch_norm():
@@ -191,8 +231,9 @@ def test_scaling_the_rate_leaves_one_that_fits_one_gpu(path, rate_of):
     assert {group['lr'] for group in optimizer.param_groups} == {config.optim_wrapper.optimizer.lr}
 
 
-def test_mask_rcnn_1x_is_the_published_recipe():
-    config = Config.fromfile(CONFIGS / 'mask_rcnn_sm_t.py')
+@each_name
+def test_mask_rcnn_1x_is_the_published_recipe(name):
+    config = Config.fromfile(CONFIGS / f'mask_rcnn_{name}_t.py')
     assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
     assert optimizer_of(config) == ('AdamW', 1e-4, (0.9, 0.999), 0.05)
     warm_up, steps = config.param_scheduler
@@ -204,23 +245,23 @@ def test_mask_rcnn_1x_is_the_published_recipe():
     assert transforms['Resize'].keep_ratio
     assert transforms['RandomFlip'].prob == 0.5
     assert config.model.backbone.drop_path_rate == 0.2
-    assert SpatialMamba(config.model.backbone.arch).channels == (64, 128, 256, 512)
     assert config.train_dataloader.dataset.data_root == 'data/coco/'
 
 
 class Detector(nn.Module):
     """A backbone and a head with the kinds of parameters that heads have."""
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        self.backbone = SpatialMamba({'embed_dims': 8, 'depths': (1, 1, 1, 1)})
+        arch = {'embed_dims': 8, 'depths': (1, 1, 1, 1)}
+        self.backbone = SpatialMamba(arch) if name == 'sm' else VMamba({**arch, 'ssm_ratio': 2})
         self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8))
 
 
-def decayed_names(config_name):
+def decayed_names(config_name, name):
     config = Config.fromfile(CONFIGS / config_name)
     init_default_scope('mmdet')
-    model = Detector()
+    model = Detector(name)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
     names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
@@ -228,25 +269,23 @@ def decayed_names(config_name):
     return {name for name, value in names.items() if value}
 
 
-def test_no_decay_on_norms_and_vectors():
-    model = Detector()
+@each_name
+def test_no_decay_on_norms_and_vectors(name):
+    spared = ('A_log', 'dt_bias')
     expected = {
-        name for name, parameter in model.named_parameters() if parameter.ndim > 1 and not name.endswith('A_log')
+        parameter_name
+        for parameter_name, parameter in Detector(name).named_parameters()
+        if parameter.ndim > 1 and not parameter_name.endswith(spared)
     }
-    assert decayed_names('mask_rcnn_sm_t.py') == expected
-    assert {name.rsplit('.', 1)[-1] for name in expected} == {
-        'weight',
-        'dt_weight',
-        'dwconv_d1',
-        'dwconv_d3',
-        'dwconv_d5',
-    }
+    assert decayed_names(f'mask_rcnn_{name}_t.py', name) == expected
+    kinds = {'sm': {'weight', 'dt_weight', 'dwconv_d1', 'dwconv_d3', 'dwconv_d5'}, 'vmamba': {'weight', 'dt_weight'}}
+    assert {parameter_name.rsplit('.', 1)[-1] for parameter_name in expected} == kinds[name]
 
 
 def test_published_decay_exempts_what_is_named_norm_in_the_original():
-    names = (name for name, _ in Detector().named_parameters())
+    names = (name for name, _ in Detector('sm').named_parameters())
     expected = {name for name in names if 'norm' not in SPATIAL_MAMBA.to_official(name.removeprefix('backbone.'))}
-    assert decayed_names('mask_rcnn_sm_t_published_decay.py') == expected
+    assert decayed_names('mask_rcnn_sm_t_published_decay.py', 'sm') == expected
     assert 'backbone.stages.0.blocks.0.norm1.weight' in expected
     assert 'backbone.out_norms.1.weight' not in expected
 

@@ -84,7 +84,7 @@ def test_config_trains_and_predicts(path):
         config.model.data_preprocessor = config.data_preprocessor
     with torch.device('meta'):
         full = MODELS.build(config.model.backbone)
-    config.model.backbone.arch = {'embed_dims': full.channels[0], 'depths': (1, 1, 1, 1)}
+    config.model.backbone.arch = {**full.arch, 'depths': (1, 1, 1, 1)}
     side = SIDES.get(path.name, SIDE)
     keep_tiny(config.model.data_preprocessor, side)
     model = MODELS.build(config.model)

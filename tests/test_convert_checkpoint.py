@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
+from families import FAMILIES, each_golden_set
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
@@ -25,9 +26,10 @@ from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read_loc
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
-CLASSIFICATION = ROOT / 'tests' / 'data' / 'official_small_classification.pth'
-DETECTOR = ROOT / 'tests' / 'data' / 'official_small_detector.pth'
-ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
+SPATIAL, VMAMBA = FAMILIES[:2]
+CLASSIFICATION, DETECTOR, ARCH = Path(SPATIAL.classification), Path(SPATIAL.detector), SPATIAL.arch
+EACH_FILE = [(family, layout) for family in FAMILIES for layout in ('classification', 'detector')]
+each_file = pytest.mark.parametrize(('family', 'layout'), EACH_FILE, ids=lambda value: getattr(value, 'files', value))
 
 convert_checkpoint = load_tool('convert_checkpoint')
 
@@ -67,13 +69,23 @@ def run(monkeypatch, capsys):
     return run_main
 
 
-def test_round_trip_of_a_published_classification_file(run, tmp_path):
-    own = run(CLASSIFICATION, tmp_path / 'own.pth')
+@each_golden_set
+def test_round_trip_of_a_published_classification_file(family, run, tmp_path):
+    own = run(family.classification, tmp_path / 'own.pth')
     weights = load(own)['state_dict']
-    assert {'backbone.stem.reduce.conv.weight', 'backbone.out_norms.3.bias', 'head.fc.weight'} <= weights.keys()
+    assert {f'backbone.{family.names.stem}', 'backbone.out_norms.3.bias', 'head.fc.weight'} <= weights.keys()
     back = run(own, tmp_path / 'back.pth', '--names', 'official')
     assert load(back).keys() == {'model'}
-    assert_same_weights(load(back)['model'], load(CLASSIFICATION)['model'])
+    assert_same_weights(load(back)['model'], load(family.classification)['model'])
+
+
+@each_golden_set
+def test_round_trip_of_a_published_detector(family):
+    published = load(family.detector)
+    own = convert_checkpoint.convert(published)
+    prefix = 'backbone.'
+    assert {name.removeprefix(prefix) for name in own['state_dict']} == set(family.build().state_dict())
+    assert_same_weights(convert_checkpoint.convert(own, names='official')['state_dict'], published['state_dict'])
 
 
 def test_round_trip_of_a_published_detector_file(detector_file, tmp_path):
@@ -91,9 +103,9 @@ def test_round_trip_of_a_published_detector_file(detector_file, tmp_path):
 
 
 @pytest.mark.parametrize('names', ['own', 'official'])
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
-def test_conversion_of_what_is_converted_already_changes_nothing(path, names):
-    once = convert_checkpoint.convert(load(path), names=names)
+@each_file
+def test_conversion_of_what_is_converted_already_changes_nothing(family, layout, names):
+    once = convert_checkpoint.convert(load(getattr(family, layout)), names=names)
     twice = convert_checkpoint.convert(once, names=names)
     assert once.keys() == twice.keys()
     assert_same_weights(convert_checkpoint.get_weights(twice), convert_checkpoint.get_weights(once))
@@ -118,9 +130,10 @@ def test_a_converted_classifier_is_an_image_classifier():
         assert torch.equal(model(image), published(image))
 
 
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
+@each_file
 @pytest.mark.parametrize('names', ['own', 'official'])
-def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
+def test_backbone_alone_loads_as_the_whole_file_does(family, layout, names, tmp_path):
+    path = getattr(family, layout)
     result = convert_checkpoint.convert(load(path), names=names, backbone=True)
     assert result.keys() == {'state_dict'}
     assert not any(name.startswith(('backbone.', 'head.')) for name in result['state_dict'])
@@ -128,7 +141,7 @@ def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
     torch.save(result, extracted)
     models = []
     for checkpoint in (extracted, path):
-        models.append(SpatialMamba(ARCH, out_indices=(3,), pretrained=str(checkpoint)))
+        models.append(family.build(out_indices=(3,), pretrained=str(checkpoint)))
         models[-1].init_weights()
     assert_same_weights(*(model.state_dict() for model in models))
     assert_same_weights(
@@ -138,11 +151,12 @@ def test_backbone_alone_loads_as_the_whole_file_does(path, names, tmp_path):
 
 
 @pytest.mark.parametrize('in_channels', [1, 2, 3, 4, 7])
-@pytest.mark.parametrize('path', [CLASSIFICATION, DETECTOR])
-def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(path, in_channels):
+@each_file
+def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(family, layout, in_channels):
+    path = getattr(family, layout)
     weights = convert_checkpoint.convert(load(path), in_channels=in_channels, backbone=True)['state_dict']
-    before = SpatialMamba(ARCH, out_indices=(3,)).eval()
-    after = SpatialMamba(ARCH, out_indices=(3,), in_channels=in_channels).eval()
+    before = family.build(out_indices=(3,)).eval()
+    after = family.build(out_indices=(3,), in_channels=in_channels).eval()
     before.load_state_dict(convert_checkpoint.convert(load(path), backbone=True)['state_dict'], strict=False)
     after.load_state_dict(weights, strict=False)
     grey = torch.rand(1, 1, 32, 32)
@@ -150,6 +164,25 @@ def test_a_stem_of_other_channels_gives_equal_channels_the_same_response(path, i
     # float32: 2.4e-7 measured
     assert torch.allclose(after.stem(grey.expand(-1, in_channels, -1, -1)), expected, rtol=0, atol=3e-6)
     assert expected.abs().max() > 0.1
+
+
+def test_linear_weights_that_are_kernels_become_matrices(run, tmp_path):
+    state = load(VMAMBA.classification)['model']
+    layers = ('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight', 'head.weight')
+    kernels = {name: value[:, :, None, None] if name.endswith(layers) else value for name, value in state.items()}
+    path = tmp_path / 'kernels.pth'
+    torch.save({'model': kernels}, path)
+    own = run(path, tmp_path / 'own.pth')
+    assert_same_weights(load(own)['state_dict'], convert_checkpoint.convert({'model': state})['state_dict'])
+    read = load_from_local(str(path))['state_dict']
+    assert read['head.fc.weight'].shape == state['classifier.head.weight'].shape
+
+
+def test_a_relative_of_vmamba_is_refused():
+    state = load(VMAMBA.classification)['model']
+    state['layers.0.blocks.0.op.A_logs'] = state['layers.0.blocks.0.op.A_logs'].expand(-1, 16)
+    with pytest.raises(convert_checkpoint.ConversionError, match='another VMamba, with state size 16'):
+        convert_checkpoint.convert({'model': state})
 
 
 def test_more_channels_keep_the_first_kernels():

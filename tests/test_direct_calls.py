@@ -15,14 +15,14 @@ from functools import lru_cache
 
 import pytest
 import torch
-from mmspatialmamba.ops.library import REFERENCES, SHAPES
+from mmspatialmamba.ops.library import REFERENCES, SHAPES, overload
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from oracles import rms_error, use_references
 
-OPS = torch.ops.mmspatialmamba
 IMPLEMENTATIONS = ('kernels', 'references')
 ERRORS = (RuntimeError, TypeError, ValueError, IndexError)  # NotImplementedError and torch's own are among them
 
-SIZES = {'N': 2, 'H': 3, 'W': 4, 'L': 12, 'E': 19, 'R': 2, 'd': 6, 'F': 24, 'stride': 1}
+SIZES = {'N': 2, 'H': 3, 'W': 4, 'L': 12, 'E': 19, 'R': 2, 'K': 4, 'S': 2, 'd': 6, 'F': 24, 'stride': 1}
 SCALARS = {
     'eps': 1e-5, 'out_eps': 1e-5, 'activation': 'silu', 'relu_input': True, 'residual': True,
     'with_out': True, 'keep': True, 'parameters': True, 'dtype': torch.float32,
@@ -31,6 +31,7 @@ BAD_SCALARS = [
     *(('eps', value) for value in (-1.0, 0.0, 1e308, -1e308, math.inf, math.nan)),
     *(('stride', value) for value in (0, -1, 3, 2**31, 2**63 - 1, -(2**63))),
     *(('activation', value) for value in ('', 'gelu', 'SILU', 'silu\0', 'x' * 10000)),
+    *(('orders', value) for value in ([], [0] * 20, [2**63 - 1] * 20, [-(2**63)] * 20, [0, 1, 4, 4, 0] * 5)),
 ]
 
 
@@ -44,6 +45,16 @@ def size(word, sizes):
         'W_out': -(-sizes['W'] // stride),
     }
     return word if isinstance(word, int) else (sizes | derived)[word]
+
+
+def scalar(name, sizes):
+    """The value of an argument that is no tensor."""
+    if name == 'kept':
+        return None
+    if name == 'orders':
+        names = (list(ORDERS) * sizes['K'])[: sizes['K']]
+        return [integer for one in names for integer in ORDERS[one](sizes['H'], sizes['W'])]
+    return (SCALARS | sizes)[name]
 
 
 def arguments_of(name, **sizes):
@@ -61,20 +72,20 @@ def _arguments_of(name, *sizes):
     generator = torch.Generator().manual_seed(0)
     shapes = {tensor: words for _, tensor, words in SHAPES[name].tensors}
     arguments = {}
-    for argument in getattr(OPS, name).default._schema.arguments:
+    for argument in overload(name)._schema.arguments:
         if argument.name in shapes:
             words = [word for one in shapes[argument.name] for word in (('N', 'H', 'W') if one == '...' else (one,))]
             shape = [size(word, sizes) for word in words]
             arguments[argument.name] = 0.3 * torch.randn(shape, generator=generator)
         else:
-            arguments[argument.name] = None if argument.name == 'kept' else (SCALARS | sizes)[argument.name]
+            arguments[argument.name] = scalar(argument.name, sizes)
     return arguments
 
 
 def call(name, arguments):
     """The outputs of an op, or the error that it raised."""
     try:
-        outputs = getattr(OPS, name)(*arguments.values())
+        outputs = overload(name)(*arguments.values())
     except ERRORS as error:
         return error
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -93,6 +104,9 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:Warning only once for all operators'),
 ]
 each_op = pytest.mark.parametrize('name', REFERENCES)
+each_op_with_a_shape = pytest.mark.parametrize(
+    'name', [name for name in REFERENCES if [words for _, _, words in SHAPES[name].tensors] != [('...',)]]
+)
 
 
 @each_op
@@ -142,7 +156,7 @@ KINDS = (lambda x: x.to_sparse(), lambda x: x.to_mkldnn(), lambda x: None, lambd
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64)
 
 
-@each_op
+@each_op_with_a_shape
 def test_number_of_dimensions(name):
     any_leading = [tensor for _, tensor, words in SHAPES[name].tensors if words[0] == '...']
     for _, tensor, _ in SHAPES[name].tensors:
@@ -165,7 +179,7 @@ def test_dtypes(name):
         call(name, {key: x.to(dtype) if isinstance(x, torch.Tensor) else x for key, x in arguments_of(name).items()})
 
 
-@each_op
+@each_op_with_a_shape
 def test_other_device(name):
     for _, tensor, _ in SHAPES[name].tensors:
         arguments = arguments_of(name)
@@ -185,7 +199,7 @@ def test_other_kinds_of_tensors(name):
 SCALAR_CASES = [
     (name, argument.name, value)
     for name in REFERENCES
-    for argument in getattr(OPS, name).default._schema.arguments
+    for argument in overload(name)._schema.arguments
     for scalar, value in BAD_SCALARS
     if argument.name in (scalar, f'out_{scalar}')
 ]
@@ -194,7 +208,7 @@ SCALAR_CASES = [
 @pytest.mark.parametrize(('name', 'scalar', 'value'), SCALAR_CASES)
 def test_scalars_out_of_range(name, scalar, value):
     outputs = call(name, arguments_of(name) | {scalar: value})
-    if scalar in ('stride', 'activation'):
+    if scalar in ('stride', 'activation', 'orders'):
         assert isinstance(outputs, ERRORS)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
+from families import FAMILIES
 from mmengine.analysis import FlopAnalyzer, complexity_analysis, get_model_complexity_info, parameter_count
 from mmengine.analysis.print_helper import _format_size
 from mmengine.config import Config
@@ -21,7 +22,7 @@ from tool_runner import load_tool
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from mmspatialmamba import SpatialMamba, flops, fuse, ops
+from mmspatialmamba import SpatialMamba, VMamba, flops, fuse, ops
 from mmspatialmamba.models.block import Block
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +43,11 @@ PUBLISHED = (
     ('upernet_sm_t.py', 57, 936, 0, 0),
     ('upernet_sm_s.py', 73, 992, 0, 0),
     ('upernet_sm_b.py', 127, 1176, 0, 0),
+    ('cls_vmamba_t.py', 30.249064, 4.9, 6, 1),
+    ('cls_vmamba_s.py', 50.147752, 8.7, 6, 1),
+    ('cls_vmamba_b.py', 88.557800, 15.4, 6, 1),
 )
-FAST = ('cls_sm_t.py', 'mask_rcnn_sm_t.py')
+FAST = ('cls_sm_t.py', 'mask_rcnn_sm_t.py', 'cls_vmamba_t.py')
 
 
 def count(function, *inputs):
@@ -70,6 +74,13 @@ def test_each_op_is_counted_by_its_formula():
         'scan_states': 4 * tokens * E,
         'state_fusion': 25 * tokens * E,
         'observation': 2 * tokens * E,
+    }
+    K, S = 4, 3
+    orders = (ones(N, H, W, E), ones(N, H, W, K, R), ones(N, H, W, K, S), ones(N, H, W, K, S))
+    assert count(ops.selective_scan, *orders, ones(K, E, R), ones(K, E), -ones(K, E, S), ones(K, E)) == {
+        'step_size': K * R * tokens * E,
+        'scan_states': K * (1 + 3 * S) * tokens * E,
+        'observation': K * (1 + S) * tokens * E,
     }
     conv = partial(ops.depthwise_conv, stride=2)
     assert count(conv, maps[0], ones(E, 1, 3, 3), ones(E)) == {'conv': 9 * N * 2 * 3 * E}
@@ -126,30 +137,42 @@ def count_backbone(model, height, width):
             elif isinstance(module, nn.LayerNorm):
                 total += 5 * module.normalized_shape[0] * area
 
+    is_vmamba = isinstance(model, VMamba)
+    before, after = (('conv1', 'norm1'), ('conv2', 'norm2')) if is_vmamba else STEM
     area = height * width // 4
-    add(model.stem.reduce, area)
-    add(model.stem.residual, area)
+    for name in before:
+        add(getattr(model.stem, name), area)
     area //= 4
-    add(model.stem.expand, area)
-    add(model.stem.project, area)
+    for name in after:
+        add(getattr(model.stem, name), area)
     for index, stage in enumerate(model.stages):
         for block in stage.blocks:
             add(block, area)
-            inner, rank = block.ssm.dt_weight.shape
-            total += inner * area * (rank + 4 + 25 + 2)
+            if is_vmamba:
+                orders, inner, rank = block.ss2d.dt_weight.shape
+                total += orders * inner * area * (rank + 4 + 2)
+            else:
+                inner, rank = block.ssm.dt_weight.shape
+                total += inner * area * (rank + 4 + 25 + 2)
         if str(index) in model.out_norms:
             add(model.out_norms[str(index)], area)
         if stage.downsample is not None:
-            add(stage.downsample.expand, area)
+            if not is_vmamba:
+                add(stage.downsample.expand, area)
             area //= 4
-            add(stage.downsample.dwconv, area)
-            add(stage.downsample.project, area)
+            for name in ('conv', 'norm') if is_vmamba else ('dwconv', 'project'):
+                add(getattr(stage.downsample, name), area)
     return total
 
 
+STEM = ('reduce', 'residual'), ('expand', 'project')
+"""Layers of Spatial-Mamba's stem at stride 2 and at stride 4."""
+
+
+@pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.files)
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,)])
-def test_mmengines_own_function_counts_the_backbone(out_indices):
-    model = SpatialMamba(ARCH, out_indices=out_indices).eval()
+def test_mmengines_own_function_counts_the_backbone(family, out_indices):
+    model = family.build(out_indices=out_indices).eval()
     found = get_model_complexity_info(model, (3, 32, 64), show_table=False, show_arch=False)
     assert found['flops'] == count_backbone(model, 32, 64)
 
@@ -172,10 +195,14 @@ def test_published_models(name, parameters, operations, parameter_digits, operat
     assert round(parameter_count(model)[''] / 1e6, parameter_digits) == parameters
     found, parts = analyzer.total(), analyzer.by_operator()
     assert abs(found / 1e9 / operations - 1) < 0.01 or round(found / 1e9, operation_digits) == operations
-    # The published convention: 9 for the scan, 27 for the three dilated kernels, nothing for the observation.
-    elements = parts['state_fusion'] // 25
-    assert parts['scan_states'] + parts['observation'] == 6 * elements
-    assert round((found + (9 + 27 - 31) * elements) / 1e9, operation_digits) == operations
+    elements = parts['observation'] // 2
+    assert parts['scan_states'] == 4 * elements
+    if 'vmamba' in name:  # the published convention: 10 for scan and observation
+        published = found + (10 - 6) * elements
+    else:  # 9 for the scan, 27 for the three dilated kernels, nothing for the observation
+        assert parts['state_fusion'] == 25 * elements
+        published = found + (9 + 27 - 31) * elements
+    assert round(published / 1e9, operation_digits) == operations
 
 
 def test_every_published_model_is_counted():

@@ -11,10 +11,13 @@ import torch
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_reference
 from mmspatialmamba.ops.fusion_taps.reference import fusion_taps_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_reference
+from mmspatialmamba.ops.gelu.reference import gelu_reference
 from mmspatialmamba.ops.layer_norm.reference import layer_norm_reference
 from mmspatialmamba.ops.library import REFERENCES
 from mmspatialmamba.ops.mlp.reference import mlp_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_reference
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
+from mmspatialmamba.ops.selective_scan.reference import selective_scan_reference
 from mmspatialmamba.ops.state_fusion.reference import state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm.reference import structure_aware_ssm_reference
 from oracles import (
@@ -22,6 +25,7 @@ from oracles import (
     layer_arguments,
     mlp_arguments,
     norm_arguments,
+    orders_arguments,
     require_grad,
     rms_error,
     scan_inputs,
@@ -79,6 +83,16 @@ def conv_case(**options):
     )
 
 
+def orders_case(orders, states):
+    """The public function and the plain one with the orders, and the arguments."""
+    integers = [integer for name in orders for integer in ORDERS[name](*GRID)]
+    return (
+        lambda *tensors: ops.selective_scan(*tensors, orders),
+        lambda *tensors: selective_scan_reference(*tensors, integers),
+        lambda dtype: orders_arguments(GRID, CHANNELS, 3, len(orders), states, dtype=dtype),
+    )
+
+
 # The public function, its plain differentiable form, the arguments of a dtype.
 CASES = {
     'depthwise_conv-residual': conv_case(residual=True),
@@ -90,6 +104,7 @@ CASES = {
         lambda dtype: norm_arguments(GRID, CHANNELS, dtype),
     ),
     'fusion_taps': (ops.fusion_taps, fusion_taps_reference, taps_case),
+    'gelu': (ops.gelu, gelu_reference, lambda dtype: norm_arguments(GRID, CHANNELS, dtype)[:1]),
     'layer_norm': (ops.layer_norm, lambda *x: layer_norm_reference(*x, 1e-5, torch.float64)[0], layer_norm_case),
     'mlp': (
         ops.mlp,
@@ -97,6 +112,8 @@ CASES = {
         lambda dtype: mlp_arguments(91, CHANNELS, dtype),
     ),
     'scan_states': (ops.scan_states, scan_states_reference, scan_case),
+    'selective_scan': orders_case(('rows', 'columns', 'rows_backwards', 'columns_backwards'), 1),
+    'selective_scan-states': orders_case(('columns_snake', 'rows_snake'), 3),
     'ssm_layer': (ops.ssm_layer, layer_reference, lambda dtype: layer_arguments(GRID, 19, 3, dtype=dtype)),
     'state_fusion': (ops.state_fusion, state_fusion_reference, fusion_case),
     'structure_aware_ssm': (
@@ -139,4 +156,4 @@ def test_gradients(case, dtype):
 def test_every_op_has_its_gradients_tested():
     public = {name for name in ops.__all__ if hasattr(torch.ops.mmspatialmamba, name)}
     assert public == {case.partition('-')[0] for case in CASES}
-    assert public == {name for name in REFERENCES if not name.endswith('_backward')}
+    assert public == {name.partition('.')[0] for name in REFERENCES} - {f'{name}_backward' for name in public}

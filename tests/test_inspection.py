@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from oracles import fusion_convolutions, relative_error, scan_loop
+from oracles import fusion_convolutions, orders_loop, relative_error, scan_loop
 from tool_runner import ROOT
 
-from mmspatialmamba import SpatialMamba
+from mmspatialmamba import SpatialMamba, VMamba
 from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.inspection import build_model, crop_image, last_blocks, normalize, prepare, read_config, record_ssm
+from mmspatialmamba.models.vmamba import SelectiveScan
 
 QUICKSTART = str(ROOT / 'configs' / 'quickstart_mask_rcnn.py')
 ARCH = {'embed_dims': 16, 'depths': (1, 1, 2, 1)}
@@ -47,6 +48,29 @@ def test_records_what_each_block_computes():
         assert relative_error(record.h, h) < 2e-14
         assert relative_error(record.g, g) < 2e-14
         assert relative_error(record.g * record.C + ssm.D * record.u, record.y) < 2e-14
+
+
+def test_records_what_each_order_of_vmamba_computes():
+    torch.manual_seed(0)
+    backbone = VMamba({**ARCH, 'ssm_ratio': 1}).double().eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    records = record_ssm(backbone, torch.randn(1, 3, 24, 40, dtype=torch.float64), [(2, 1), (0, 0)])
+    assert list(records) == [(2, 1), (0, 0)]
+    for (stage, block), record in records.items():
+        assert torch.equal(record.dt_weight, backbone.stages[stage].blocks[block].ss2d.dt_weight)
+        inputs = (record.u, record.dt, record.B, record.C, record.dt_weight, record.dt_bias, record.A, record.D)
+        y = orders_loop(*inputs, SelectiveScan.ORDERS)
+        maps = record.maps()
+        observed = [maps[f'C·h of order {k}'] for k in range(4)]
+        for k, name in enumerate(SelectiveScan.ORDERS):
+            alone = (x[:, :, :, k, None] for x in inputs[1:4]), (x[k, None] for x in inputs[4:])
+            expected = orders_loop(record.u, *alone[0], *alone[1], [name]) - record.D[k] * record.u
+            assert relative_error(observed[k], expected) < 2e-14  # measured: at most 2e-15
+        assert relative_error(sum(observed) + record.D.sum(0) * record.u, y) < 2e-14
+        assert relative_error(record.y, y) < 2e-14
+        assert {tuple(values.shape) for values in maps.values()} == {tuple(record.u.shape)}
+        assert (maps['mean step size Δ'] > 0).all()
 
 
 def test_last_blocks():

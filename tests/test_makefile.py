@@ -1,5 +1,6 @@
-"""``make env`` stops at once, with one sentence, where it cannot succeed."""
+"""``make env`` stops at once, with one sentence, where it cannot succeed, and makes again only what has changed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ def make(folder, *arguments):
     folder.mkdir()
     for name in ('Makefile', 'setup.py', 'pyproject.toml'):
         shutil.copy2(ROOT / name, folder)
+    shutil.copytree(ROOT / 'requirements', folder / 'requirements')
     result = subprocess.run(
         ['make', '-C', str(folder), *arguments], capture_output=True, text=True, check=False, timeout=60
     )
@@ -40,3 +42,38 @@ def test_a_python_that_mmcv_does_not_build_on_is_refused(version, tmp_path):
     assert line == (
         'mmcv 2.1.0 builds on Python 3.10 to 3.12, found {}.{}: make quickstart PYTHON=python3.12'.format(*version)
     )
+
+
+STAMPS = ('.torch', '.package', '.kernels', '.complete')
+TORCH = '.venv/lib/python3.11/site-packages/torch/version.py'
+
+
+@pytest.mark.parametrize(
+    ('touched', 'made'),
+    [
+        (None, []),
+        ('ops/csrc/vec.h', ['build_ext']),
+        ('ops/mlp/cpu.cpp', ['build_ext']),
+        ('ops/mlp/reference.py', []),
+        ('setup.py', ['install --no-build-isolation --no-deps -e', 'build_ext']),
+        ('requirements/test.txt', ['install_mmcv']),
+        (TORCH, ['build_ext', 'install_mmcv']),  # an update of PyTorch
+    ],
+)
+def test_only_what_has_changed_is_made_again(touched, made, tmp_path):
+    for name in ('Makefile', 'setup.py', 'pyproject.toml', 'requirements', 'ops'):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tmp_path / name)
+    (tmp_path / TORCH).parent.mkdir(parents=True)
+    (tmp_path / TORCH).touch()
+    for path in tmp_path.rglob('*'):
+        os.utime(path, (1e9, 1e9))
+    for stamp in STAMPS:
+        (tmp_path / '.venv' / stamp).touch()
+        os.utime(tmp_path / '.venv' / stamp, (1.1e9, 1.1e9))
+    if touched:
+        os.utime(tmp_path / touched, (1.2e9, 1.2e9))
+    command = ['make', '-n', '-C', str(tmp_path), 'env']
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = ('-m venv', 'install --no-build-isolation --no-deps -e', 'build_ext', 'install_mmcv')
+    assert [part for part in parts if part in printed] == made

@@ -14,6 +14,8 @@ from oracles import (
     fusion_convolutions,
     fusion_weights,
     norm_arguments,
+    orders_arguments,
+    orders_loop,
     relative_error,
     scan_inputs,
     scan_loop,
@@ -23,7 +25,7 @@ from oracles import (
 )
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba, fuse, ops
+from mmspatialmamba import SpatialMamba, VMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
@@ -104,6 +106,27 @@ def test_scan_states_of_any_length():
         inputs = scan_inputs(length, dtype=torch.float32)
         actual = run(session, *(inputs[index] for index in order))
         assert relative_error(actual, scan_loop(*(x.double() for x in inputs))) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ('orders', 'states'),
+    [(('rows', 'columns', 'rows_backwards', 'columns_backwards'), 1), (('rows_snake', 'columns_snake'), 2)],
+)
+def test_selective_scan_on_any_grid(orders, states):
+    arguments = orders_arguments(GRIDS[0], orders=len(orders), states=states, dtype=torch.float32)
+    session = export(lambda *x: ops.selective_scan(*x, orders), arguments, ((0, 1, 2),) * 4)
+    for batch, grid in zip((2, 1, 3, 2, 1, 2), GRIDS, strict=True):
+        arguments = orders_arguments(grid, orders=len(orders), states=states, batch=batch, dtype=torch.float32)
+        expected = orders_loop(*(x.double() for x in arguments), orders)
+        assert relative_error(run(session, *arguments), expected) < TOLERANCE
+
+
+def test_selective_scan_of_one_size():
+    """Without a dynamic size the orders are numbers in the program."""
+    arguments = orders_arguments((7, 1), dtype=torch.float32)
+    session = export(ops.selective_scan, arguments, ())
+    expected = orders_loop(*(x.double() for x in arguments), ('rows', 'columns', 'rows_backwards', 'columns_backwards'))
+    assert relative_error(run(session, *arguments), expected) < TOLERANCE
 
 
 def test_state_fusion_of_any_grid():
@@ -187,7 +210,7 @@ BACKBONE_TOLERANCE = 3e-6
 
 def build(arch):
     torch.manual_seed(0)
-    return SpatialMamba(arch, drop_path_rate=0.0).eval()
+    return (VMamba if 'ssm_ratio' in arch else SpatialMamba)(arch, drop_path_rate=0.0).eval()
 
 
 def images(batch, height, width):
@@ -199,10 +222,10 @@ def export_backbone(arch, size):
     return model, onnx_export.export_onnx(model, images(*size), ['a', 'b', 'c', 'd'])
 
 
-@pytest.fixture(scope='module')
-def small():
+@pytest.fixture(scope='module', params=[SMALL, {**SMALL, 'ssm_ratio': 2}], ids=['SpatialMamba', 'VMamba'])
+def small(request):
     """A small backbone and its program."""
-    return export_backbone(SMALL, SIZES[0])
+    return export_backbone(request.param, SIZES[0])
 
 
 @torch.no_grad()

@@ -11,19 +11,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import backends
-from mmspatialmamba.ops.backends import KERNELS
+from mmspatialmamba.ops.backends import KERNELS, library_name
 from mmspatialmamba.ops.compat import VERSION
 from mmspatialmamba.ops.depthwise_conv.reference import depthwise_conv_backward_reference, depthwise_conv_reference
 from mmspatialmamba.ops.gated_norm.reference import gated_norm_backward_reference, gated_norm_reference
-from mmspatialmamba.ops.library import REFERENCES
+from mmspatialmamba.ops.library import REFERENCES, overload
 from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
 from mmspatialmamba.ops.scan_states.reference import scan_states_backward_reference, scan_states_reference
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
+from mmspatialmamba.ops.selective_scan.reference import selective_scan_backward_reference, selective_scan_reference
 from mmspatialmamba.ops.state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm.reference import (
     structure_aware_ssm_backward_reference,
     structure_aware_ssm_reference,
 )
-from oracles import conv_arguments, mlp_arguments, norm_arguments, relative_error, scan_inputs, ssm_arguments
+from oracles import (
+    conv_arguments,
+    mlp_arguments,
+    norm_arguments,
+    orders_arguments,
+    relative_error,
+    scan_inputs,
+    ssm_arguments,
+)
 
 pytestmark = pytest.mark.skipif(
     backends()['cpu'].implementation != 'cpp', reason=f'no C++ kernels: {backends()["cpu"].reason}'
@@ -74,6 +84,11 @@ def fusion_case(grid, channels, dtype, batch=2):
     return arguments[0], arguments[-1]
 
 
+def orders_case(grid, channels, dtype, batch=2, rank=3, states=1, names=tuple(ORDERS)[:4]):
+    orders = [integer for name in names for integer in ORDERS[name](*grid)]
+    return *orders_arguments(grid, channels, rank, len(names), states, batch, dtype), orders
+
+
 def gradient_like(tensor, seed=7):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
@@ -81,6 +96,8 @@ def gradient_like(tensor, seed=7):
 
 def error(actual, expected, is_map):
     """Largest difference, relative to the largest expected value (and to 1 for gradients of parameters)."""
+    if expected.numel() == 0:
+        return 0.0
     if not expected.any():
         return actual.abs().max().item()
     return relative_error(actual, expected) * (1 if is_map else min(1, expected.abs().max().item()))
@@ -185,6 +202,21 @@ def test_parity_mlp(tokens, dtype):
         assert torch.equal(OPS.mlp(*norm, *arguments, False)[0], out)
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'names': tuple(ORDERS), 'states': 3, 'rank': 0}, {'names': ('columns_snake',), 'rank': 64}],
+    ids=str,
+)
+def test_parity_selective_scan(options, grid, dtype):
+    for channels in CHANNELS:
+        arguments = orders_case(grid, channels, dtype, **options)
+        check_parity(OPS.selective_scan.orders, selective_scan_reference, arguments)
+        dy = gradient_like(arguments[0])
+        check_parity(OPS.selective_scan_backward.orders, selective_scan_backward_reference, (dy, *arguments))
+
+
 @pytest.mark.parametrize('rank', [1, 2, 9, 32])
 def test_parity_ranks(rank):
     arguments = ssm_case((6, 9), 40, torch.float32, rank=rank)
@@ -207,21 +239,21 @@ def narrower_capabilities():
 
 
 def test_the_kernels_have_a_new_version_for_new_schemas():
-    schemas = ''.join(sorted(str(getattr(OPS, name).default._schema) for name in REFERENCES))
+    schemas = ''.join(sorted(str(overload(name)._schema) for name in REFERENCES))
     digest = hashlib.sha256(schemas.encode()).hexdigest()[:12]
-    assert (KERNELS, digest) == (2, '6dd03bebc710'), 'schemas changed: raise KERNELS in ops/backends.py and here'
+    assert (KERNELS, digest) == (3, 'ead1a5e123fc'), 'schemas changed: raise KERNELS in ops/backends.py and here'
 
 
 def test_the_library_is_that_of_the_capability():
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    expected = f'_cpu_{capability if capability in CAPABILITIES else "default"}_v{KERNELS}.'
+    expected = library_name(capability if capability in CAPABILITIES else 'default') + '.'
     assert any(expected in str(library) for library in torch.ops.loaded_libraries)
 
 
 @pytest.mark.parametrize('capability', narrower_capabilities())
 def test_parity_of_every_variant(capability):
     """The variants for narrower vectors than those of this process, each in a process of its own."""
-    if not any(Path(mmspatialmamba.ops.__file__).parent.glob(f'_cpu_{capability}_v{KERNELS}.*')):
+    if not any(Path(mmspatialmamba.ops.__file__).parent.glob(f'{library_name(capability)}.*')):
         pytest.skip(f'the variant {capability} is not built: MMSPATIALMAMBA_CPU_VARIANTS=all builds it')
     command = (sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__)
     done = subprocess.run(
@@ -266,7 +298,13 @@ def all_cases(dtype=torch.float32, grid=(30, 41), channels=77, batch=1):
     return (
         *convolutions,
         (OPS.gated_norm, OPS.gated_norm_backward, (*norm_arguments(grid, channels, dtype, batch), 1e-5)),
+        (OPS.gelu, OPS.gelu_backward, norm_arguments(grid, channels, dtype, batch)[:1]),
         (OPS.scan_states, OPS.scan_states_backward, scan_case(grid[0] * grid[1], channels, dtype, batch)),
+        (
+            OPS.selective_scan.orders,
+            OPS.selective_scan_backward.orders,
+            orders_case(grid, channels, dtype, batch, states=2),
+        ),
         (OPS.state_fusion, OPS.state_fusion_backward, fusion_case(grid, channels, dtype, batch)),
         (OPS.structure_aware_ssm, OPS.structure_aware_ssm_backward, ssm_case(grid, channels, dtype, batch)),
     )
@@ -355,6 +393,13 @@ def test_faults_are_noticed():
     h, taps = fusion_case((7, 8), 5, torch.float64)
     zero_padded = state_fusion_reference(F.pad(h, (0, 0, 5, 5, 5, 5)), taps)[:, 5:-5, 5:-5]
     assert relative_error(OPS.state_fusion(h, taps), zero_padded) > loosest
+
+    *arguments, orders = orders_case((7, 8), 5, torch.float64)
+    y = OPS.selective_scan.orders(*arguments, orders)
+    snake = [*ORDERS['rows_snake'](7, 8), *orders[5:]]
+    assert relative_error(y, selective_scan_reference(*arguments, snake)) > loosest
+    once = selective_scan_reference(*arguments, orders) - arguments[0] * arguments[-1][1:].sum(0)
+    assert relative_error(y, once) > loosest
 
     arguments = list(ssm_case((7, 8), 5, torch.float64))
     y = OPS.structure_aware_ssm(*arguments)

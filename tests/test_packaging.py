@@ -1,7 +1,9 @@
 """What the wheel and the source distribution hold, and that they need no checkout."""
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from mmspatialmamba.ops.backends import BUILT_FOR, library_name
+
+import mmspatialmamba
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +65,70 @@ def test_wheel_contents(distributions):
     assert {name.split('/')[0].partition('-')[0] for name in names} == {'mmspatialmamba'}
     expected = {f'mmspatialmamba/{path.relative_to(ROOT)}' for path in (ROOT / 'ops').rglob('*.py')}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / 'mmspatialmamba').rglob('*.py')}
-    assert expected <= set(names)
+    assert expected | {'mmspatialmamba/py.typed'} <= set(names)
+
+
+def test_without_kernels_the_wheel_is_universal(distributions):
+    unpacked, wheel = distributions
+    assert wheel.name == f'mmspatialmamba-{mmspatialmamba.__version__}-py3-none-any.whl'
+    assert unpacked.name == f'mmspatialmamba-{mmspatialmamba.__version__}'
+
+
+@pytest.fixture(scope='module')
+def bound():
+    """What setup.py says of a wheel with kernels, without compiling them."""
+    code = (
+        'import sys, setuptools\n'
+        'sys.argv = ["setup.py", "--version"]\n'
+        'made = {}\n'
+        'setuptools.setup = lambda **given: made.update(given)\n'
+        'exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "setup"})\n'
+        'names = [extension.name for extension in made["ext_modules"]]\n'
+        'limited = all(extension.py_limited_api for extension in made["ext_modules"])\n'
+        'import json\n'
+        'keys = ("version", "install_requires", "options", "long_description", "project_urls")\n'
+        'print(json.dumps({key: made[key] for key in keys} | {"names": names, "limited": limited}))\n'
+    )
+    environment = {
+        'MMSPATIALMAMBA_BUILD_OPS': '1',
+        'MMSPATIALMAMBA_CPU_VARIANTS': 'all',
+        'MMSPATIALMAMBA_REPOSITORY': 'https://example.org/mmspatialmamba',
+    }
+    printed = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert printed.returncode == 0, printed.stderr
+    return json.loads(printed.stdout.splitlines()[-1])
+
+
+def test_a_wheel_with_kernels_is_bound_to_its_pytorch_and_to_no_python(bound):
+    minor = '.'.join(torch.__version__.split('.')[:2])
+    assert bound['version'] == f'{mmspatialmamba.__version__}+torch{minor}'
+    assert bound['install_requires'] == [f'torch=={minor}.*']
+    assert bound['options'] == {'bdist_wheel': {'py_limited_api': 'cp310'}}
+    assert bound['limited']
+    assert set(bound['names']) >= {f'mmspatialmamba.ops.{library_name("default")}'}
+
+
+def test_the_kernels_hold_no_symbol_of_python():
+    libraries = list(Path(mmspatialmamba.ops.__file__).parent.glob(f'_cpu_*_{BUILT_FOR}.*'))
+    if not libraries:
+        pytest.skip('the C++ kernels are not built')
+    for library in libraries:
+        table = subprocess.run(['nm', '-D', library], capture_output=True, text=True, check=True).stdout
+        assert [name for name in re.findall(r'\S+$', table, re.MULTILINE) if re.match('_?Py', name)] == []
+        assert '_ZN2at' in table  # those of PyTorch are
+
+
+def test_links_and_pictures_of_a_released_readme_are_addresses(bound):
+    targets = re.findall(r'\]\(([^)]*)\)', bound['long_description'])
+    assert targets
+    assert [target for target in targets if not target.startswith(('https://', '#'))] == []
+    pictures = re.findall(r'!\[[^\]]*\]\(([^)]*)\)', bound['long_description'])
+    root = f'https://example.org/mmspatialmamba/raw/v{mmspatialmamba.__version__}/'
+    assert pictures
+    assert [picture for picture in pictures if not (ROOT / picture.removeprefix(root)).is_file()] == []
+    assert bound['project_urls']['Repository'] == 'https://example.org/mmspatialmamba'
 
 
 def test_wheel_and_configs_of_a_checkout_without_symbolic_links(distributions, tmp_path):

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from mmspatialmamba.ops.backends import KERNELS
+from mmspatialmamba.ops.backends import library_name
 
 import mmspatialmamba
 
@@ -82,13 +82,15 @@ print(imported, mmspatialmamba.ops.backends()['cuda'].implementation)
     assert run(code) == '[] reference'
 
 
-@pytest.mark.parametrize('broken', [False, True])
-def test_without_kernels_the_import_is_silent_and_the_first_op_says_what_builds_them(broken, tmp_path):
+@pytest.mark.parametrize('kernels', ['none', 'of another PyTorch', 'broken'])
+def test_without_kernels_the_import_is_silent_and_the_first_op_says_what_builds_them(kernels, tmp_path):
     folder = tmp_path / 'ops'
     shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns('*.so', '__pycache__'))
-    if broken:  # as after an update of PyTorch
-        for variant in ('default', 'avx2', 'avx512'):
-            (folder / f'_cpu_{variant}_v{KERNELS}.so').write_text('no library')
+    for variant in ('default', 'avx2', 'avx512'):
+        if kernels == 'of another PyTorch':  # which may load, and go wrong later
+            (folder / f'{library_name(variant).partition("_torch")[0]}_torch1_0.so').write_text('no library')
+        elif kernels == 'broken':
+            (folder / f'{library_name(variant)}.so').write_text('no library')
     code = (
         hide('mmengine', 'mmcv', 'triton', *TOOLBOXES)
         + f"""
@@ -113,7 +115,8 @@ print(silent, *(str(warning.message) for warning in caught), sep=' | ')
     assert silent == 'True'
     assert len(warned) == 1
     assert warned[0].startswith('mmspatialmamba::gated_norm: plain PyTorch computes the ops on cpu, slowly: ')
-    assert ('does not load' in warned[0]) == broken
+    assert ('does not load' in warned[0]) == (kernels == 'broken')
+    assert ('_torch1_0' in warned[0]) == (kernels == 'of another PyTorch')
     assert warned[0].endswith('MMSPATIALMAMBA_BUILD_OPS=1 pip install --no-build-isolation --no-deps -e .')
 
 

@@ -1,4 +1,7 @@
-"""Programs that were exported under an op's old schema: they raise by name, whatever the name means now."""
+"""Programs that were exported under an op's old schema: they raise by name, whatever the name means now.
+
+`selective_scan` alone was what is `scan_states` now; today's op of that name is `selective_scan.orders`.
+"""
 
 import subprocess
 import sys
@@ -40,34 +43,15 @@ def programs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def another_op():
-    """An op of the same name with a schema that takes the old arguments, which is what must not run."""
-    library = torch.library.Library('mmspatialmamba', 'FRAGMENT')
-    library.define('selective_scan.orders(Tensor u, Tensor delta, Tensor A, Tensor B, int[] orders=[]) -> Tensor')
-    library.impl('selective_scan.orders', lambda u, *_: torch.zeros_like(u), 'CompositeExplicitAutograd')
-    yield
-    library._destroy()
-
-
-@pytest.fixture(params=['alone', 'beside another op'])
-def state(request):
-    """With and without a new op of the old name."""
-    if request.param != 'alone':
-        request.getfixturevalue('another_op')
-
-
 ADVICE = r'mmspatialmamba::selective_scan: this program was exported by an older .*::scan_states now\. Export .* again'
 
 
-@pytest.mark.usefixtures('state')
 def test_an_exported_program_raises(programs):
     program = torch.export.load(programs / 'program.pt2').module()
     with pytest.raises(RuntimeError, match=ADVICE):
         program(*INPUTS)
 
 
-@pytest.mark.usefixtures('state')
 def test_a_trace_raises(programs):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmspatialmamba.ops.backends import KERNELS
+from mmspatialmamba.ops.backends import library_name
 from torch.utils import cpp_extension
 
 pytestmark = pytest.mark.long
@@ -51,7 +51,7 @@ def test_kernels_under_sanitizers(variant, tmp_path):
         *(f'-I{path}' for path in cpp_extension.include_paths('cpu')),
         *sorted((ROOT / 'ops').glob('*/cpu.cpp')),
         *(f'-L{path}' for path in cpp_extension.library_paths('cpu')), '-ltorch', '-ltorch_cpu', '-lc10',
-        '-o', package / 'ops' / f'_cpu_{variant}_v{KERNELS}.so',
+        '-o', package / 'ops' / f'{library_name(variant)}.so',
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]

@@ -499,7 +499,7 @@ def test_other_refusals():
         swap_backbone(retinanet(strides=(1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r'neck FPN states in_channels \[64, 128, 256, 512\]; expected .* \[64, 128\]'):
         swap_backbone(retinanet(out_indices=(0, 1)))
-    with pytest.raises(ValueError, match="backbone must be one of SpatialMamba, got 'MM_SpatialMamba'"):
+    with pytest.raises(ValueError, match="backbone must be one of SpatialMamba, VMamba, got 'MM_SpatialMamba'"):
         swap_backbone(retinanet(), backbone='MM_SpatialMamba')
     with pytest.raises(ValueError, match='arch must be one of tiny'):
         swap_backbone(retinanet(), 'huge')
@@ -570,11 +570,15 @@ def multi_label_samples(side):
     return data
 
 
-@pytest.mark.end_to_end
-@pytest.mark.parametrize('name', TRAINED)
-def test_training_step_and_prediction(name):
+SMALL_OF = {'SpatialMamba': SMALL, 'VMamba': {**SMALL, 'ssm_ratio': 1}}
+STEPS = [pytest.param(name, 'SpatialMamba', marks=pytest.mark.end_to_end) for name in TRAINED]
+STEPS += [pytest.param(name, 'VMamba', marks=pytest.mark.long) for name in TRAINED]
+
+
+@pytest.mark.parametrize(('name', 'backbone'), STEPS)
+def test_training_step_and_prediction(name, backbone):
     torch.manual_seed(0)
-    config = swap_backbone(zoo(name), SMALL)
+    config = swap_backbone(zoo(name), SMALL_OF[backbone], backbone=backbone)
     if config.default_scope == 'mmdet':
         side, samples = 128, detection_samples
         config.model.data_preprocessor.pop('batch_augments', None)  # they pad to the full training size
@@ -631,8 +635,9 @@ def choose(configs):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize('backbone', SMALL_OF)
 @pytest.mark.parametrize('toolbox', WITHOUT)
-def test_a_config_of_every_family_works(toolbox, tmp_path):
+def test_a_config_of_every_family_works(toolbox, backbone, tmp_path):
     root = sweep_zoo.configs_of(toolbox)
     families = {}
     for path in root.glob('*/*.py'):
@@ -642,7 +647,7 @@ def test_a_config_of_every_family_works(toolbox, tmp_path):
     chosen = {INSTEAD.get(family) or choose(names) for family, names in works.items()}
     out = tmp_path / 'results.json'
     pattern = '|'.join(f'^{re.escape(name)}$' for name in chosen)
-    command = (sys.executable, sweep_zoo.__file__, toolbox, '--filter', pattern, '--out', out)
+    command = (sys.executable, sweep_zoo.__file__, toolbox, '--filter', pattern, '--backbone', backbone, '--out', out)
     subprocess.run(command, check=True)
     results = json.loads(out.read_text())[toolbox]
     assert set(results) == chosen

@@ -1,16 +1,20 @@
 """`tools/visualize_matrix.py`: matrices against loops and convolutions, faults that its check must find, bad input."""
 
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from mmspatialmamba.ops import fusion_taps, structure_aware_ssm
-from oracles import fusion_convolutions, fusion_weights, relative_error, scan_loop, ssm_inputs
+import torchvision_setup  # noqa: F401, before mmpretrain
+from mmspatialmamba.ops import fusion_taps, selective_scan, structure_aware_ssm
+from mmspatialmamba.ops.selective_scan.orders import addresses
+from oracles import fusion_convolutions, fusion_weights, orders_arguments, relative_error, scan_loop, ssm_inputs
 from tool_runner import ROOT, load_tool, refusal, run_tool
 
-from mmspatialmamba.inspection import SSMRecord
+from mmspatialmamba.inspection import ScanRecord, SSMRecord
+from mmspatialmamba.models.vmamba import SelectiveScan
 
 QUICKSTART = ROOT / 'configs' / 'quickstart_mask_rcnn.py'
 GRID = (4, 7)
@@ -27,7 +31,7 @@ def record():
 
 def test_scan_matrix_is_the_scan(record):
     u, delta, B = (x.flatten(1, 2) for x in (record.u, record.delta, record.B))
-    found = torch.einsum('els,se->le', matrix.scan_matrix(record, torch.arange(19)), u[0])
+    found = torch.einsum('els,se->le', matrix.scan_matrix(delta[0], record.A, B[0]), u[0])
     assert relative_error(found, scan_loop(u, delta, record.A, B)[0]) < 1e-14  # measured: 5e-16
 
 
@@ -73,7 +77,7 @@ def test_a_wrong_matrix_fails(fault, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(matrix, 'fusion_matrix', fault)
     args = (QUICKSTART, '--grid', 3, 4, '--out', tmp_path / 'matrix.png')
     assert run_tool(matrix, *args, monkeypatch=monkeypatch) == 1
-    (error,) = re.findall(r'Spatial-Mamba: M u differs from the op by (\S+) ', capsys.readouterr().out)
+    (error,) = re.findall(r'Spatial-Mamba: \(M - D I\) u differs from the op by (\S+) ', capsys.readouterr().out)
     assert float(error) > 1e-3
 
 
@@ -84,6 +88,38 @@ def test_picture_of_a_model(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len(re.findall(r'differs from the op by \d\.\de-1[34567] of', printed)) == 3
     assert len(np.unique(cv2.imread(str(tmp_path / 'out' / 'm.png')).reshape(-1, 3), axis=0)) > 100
+
+
+@pytest.fixture
+def scans():
+    arguments = orders_arguments(GRID, channels=19, batch=1, states=2)
+    orders = addresses('selective_scan', SelectiveScan.ORDERS, 4, *GRID)
+    return ScanRecord(*arguments, orders, selective_scan(*arguments))
+
+
+def test_orders_of_vmamba(scans, monkeypatch):
+    pictures = {}
+    for name, theory in matrix.mixers(scans).items():
+        pictures[name], error = matrix.summarize(theory)
+        assert error < matrix.TOLERANCE  # measured: at most 2e-15
+    assert list(pictures) == ['linear attention', 'Mamba', 'VMamba']
+    later = np.triu(np.ones_like(pictures['Mamba'], dtype=bool), 1)
+    assert (pictures['Mamba'][later] == 0).all()
+    assert (pictures['VMamba'] > 0).all()
+    monkeypatch.setattr(ScanRecord, 'visits', [torch.arange(GRID[0] * GRID[1])] * 4)
+    assert matrix.summarize(replace(scans))[1] > 1e-3  # rows for every order
+
+
+def test_picture_of_a_vmamba(monkeypatch, tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / "configs" / "cls_vmamba_t.py")!r}\n'
+        'model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 1, 1), ssm_ratio=2)),\n'
+        '             head=dict(in_channels=128))\n'
+    )
+    assert run_tool(matrix, config, '--grid', *GRID, '--out', tmp_path / 'm.png', monkeypatch=monkeypatch) == 0
+    assert 'VMamba: (M - D I) u differs from the op by' in capsys.readouterr().out
+    assert len(np.unique(cv2.imread(str(tmp_path / 'm.png')).reshape(-1, 3), axis=0)) > 100
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,18 @@ def test_sheet_of_states(options, image, tmp_path, monkeypatch):
     assert colours(tmp_path / 'out' / 's.png') > 1000
 
 
+def test_sheet_of_a_vmamba(image, tmp_path, monkeypatch):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f'_base_ = {str(CONFIGS / "cls_vmamba_t.py")!r}\n'
+        'model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 1, 1), ssm_ratio=1)),\n'
+        '             head=dict(in_channels=128))\n'
+    )
+    options = ('--block', 0, 0, '--channel', 3, '--out', tmp_path / 's.png')
+    run_tool(states, 'states', config, image, *options, monkeypatch=monkeypatch)
+    assert colours(tmp_path / 's.png') > 1000
+
+
 def test_summary_of_channels():
     values = torch.tensor([3.0, -4.0]).expand(1, 2, 5, 2)
     assert np.array_equal(states.summarize(values, None), np.full((2, 5), np.sqrt(12.5, dtype=np.float32)))

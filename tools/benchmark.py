@@ -262,11 +262,20 @@ class LastMap(torch.nn.Module):
         return (self.trunk(x),)
 
 
+def build_vmamba(arch: str) -> torch.nn.Module:
+    from mmspatialmamba import VMamba
+
+    return VMamba(arch)
+
+
 MODELS: dict[str, Callable[[tuple[int, int]], torch.nn.Module]] = {
     'spatial_mamba_t': lambda size: build_spatial_mamba('tiny'),
     'spatial_mamba_t_fused': lambda size: build_spatial_mamba('tiny', fused=True),
     'spatial_mamba_s': lambda size: build_spatial_mamba('small'),
     'spatial_mamba_b': lambda size: build_spatial_mamba('base'),
+    'vmamba_t': lambda size: build_vmamba('tiny'),
+    'vmamba_s': lambda size: build_vmamba('small'),
+    'vmamba_b': lambda size: build_vmamba('base'),
     'swin_t': lambda size: build_peer('swin_t', size),
     'resnet_50': lambda size: build_peer('resnet_50', size),
     'convnext_t': lambda size: build_peer('convnext_t', size),

@@ -26,7 +26,6 @@ import json
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +66,17 @@ def select_weights(checkpoint: dict, kind: str | None) -> dict:
     return unwrap(get_weights(checkpoint))
 
 
-def rename_backbone(weights: dict, new_name: Callable[[str], str]) -> OrderedDict:
+def rename_backbone(weights: dict, rename: Callable[[str, object], tuple[str, object]]) -> OrderedDict:
     """Renames what lies under ``backbone.`` in the state dict of a whole model; the rest stays, metadata too."""
 
-    def renamed(names: dict) -> OrderedDict:
-        return OrderedDict(
-            (BACKBONE_PREFIX + new_name(name.removeprefix(BACKBONE_PREFIX)), value)
-            if name.startswith(BACKBONE_PREFIX)
-            else (name, value)
-            for name, value in names.items()
-        )
+    def renamed(entries: dict) -> OrderedDict:
+        result = OrderedDict()
+        for name, value in entries.items():
+            if name.startswith(BACKBONE_PREFIX):
+                name, value = rename(name.removeprefix(BACKBONE_PREFIX), value)
+                name = BACKBONE_PREFIX + name
+            result[name] = value
+        return result
 
     result = renamed(weights)
     if hasattr(weights, '_metadata'):  # versions of the modules, by which heads recognize old names
@@ -88,9 +88,12 @@ def find_table(weights: dict) -> NameTable:
     """Returns the names of the backbone that a state dict holds, alone or under ``backbone.``.
 
     Raises:
-        ConversionError: It holds no backbone of this package.
+        ConversionError: It holds no backbone of this package, or a relative of one.
     """
     for table in TABLES:
+        relative = table.find_relative(weights)
+        if relative is not None:
+            raise ConversionError(relative)
         if any(table.is_official(weights, prefix) or table.is_own(weights, prefix) for prefix in ('', BACKBONE_PREFIX)):
             return table
     raise ConversionError(
@@ -102,22 +105,30 @@ def find_table(weights: dict) -> NameTable:
 def to_own_names(weights: dict, table: NameTable) -> OrderedDict:
     """Gives a state dict own names: that of a whole model, of a published classifier, or of a backbone alone."""
     classifier = table.is_classifier(weights)
+
+    def to_own(name: str, value: object) -> tuple[str, object]:
+        name = table.to_own(name, classifier)
+        return name, table.to_own_value(name, value)
+
     if classifier:
-        weights = {table.to_toolbox(name): value for name, value in weights.items()}
+        weights = dict(table.to_toolbox(*entry) for entry in weights.items())
     if any(name.startswith(BACKBONE_PREFIX) for name in weights):
-        return rename_backbone(weights, partial(table.to_own, classifier=classifier))
-    return OrderedDict((table.to_own(name), value) for name, value in weights.items())
+        return rename_backbone(weights, to_own)
+    return OrderedDict(to_own(*entry) for entry in weights.items())
 
 
 def to_official_names(weights: dict, table: NameTable) -> OrderedDict:
     """Gives a state dict with own names the published ones: the inverse of `to_own_names`."""
-    if is_classifier(weights):
-        return OrderedDict(
-            (table.to_official(table.from_toolbox(name), classifier=True), value) for name, value in weights.items()
-        )
+    classifier = is_classifier(weights)
+
+    def to_official(name: str, value: object) -> tuple[str, object]:
+        return table.to_official(name, classifier), table.to_official_value(name, value)
+
+    if classifier:
+        return OrderedDict(to_official(table.from_toolbox(name), value) for name, value in weights.items())
     if any(name.startswith(BACKBONE_PREFIX) for name in weights):
-        return rename_backbone(weights, table.to_official)
-    return OrderedDict((table.to_official(name), value) for name, value in weights.items())
+        return rename_backbone(weights, to_official)
+    return OrderedDict(to_official(*entry) for entry in weights.items())
 
 
 def is_classifier(weights: dict) -> bool:

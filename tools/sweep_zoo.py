@@ -1,13 +1,17 @@
 """Swaps the backbone of every config of the installed toolboxes, runs the result, and writes the table.
 
 For each config: whether it builds as it is (without its weights), and whether it builds and computes features
-(detectors), a prediction (segmentors) or logits (classifiers) with a very small Spatial-Mamba. Configs with the same
-model are run once.
+(detectors), a prediction (segmentors) or logits (classifiers) with a very small backbone of this package. Configs with
+the same model are run once.
 
     python tools/sweep_zoo.py mmdet mmseg mmpretrain --jobs 2 --out docs/zoo_coverage.md
+    python tools/sweep_zoo.py mmdet mmseg --backbone VMamba --out work_dirs/zoo_coverage_vmamba.md
+
+A toolbox that is not installed is refused by name: mmpose, mmrotate and mmyolo need what docs/other_toolboxes.md says.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -28,12 +32,24 @@ from mmengine.registry import MODELS, DefaultScope
 from mmspatialmamba import swap_backbone
 
 ROOT = Path(__file__).parents[1]
-SMALL = {'embed_dims': 32, 'depths': (1, 1, 1, 1)}
-DISTRIBUTIONS = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+SMALL = {
+    'SpatialMamba': {'embed_dims': 32, 'depths': (1, 1, 1, 1)},
+    'VMamba': {'embed_dims': 32, 'depths': (1, 1, 1, 1), 'ssm_ratio': 1},
+}
+"""Architecture of the very small model of each backbone."""
+
+DISTRIBUTIONS = {
+    'mmdet': 'mmdet',
+    'mmseg': 'mmsegmentation',
+    'mmpretrain': 'mmpretrain',
+    'mmpose': 'mmpose',
+    'mmrotate': 'mmrotate',
+    'mmyolo': 'mmyolo',
+}
 INTRODUCTION = """# Zoo coverage
 
 `mmspatialmamba.swap_backbone(cfg, arch='tiny')` puts Spatial-Mamba into any config of MMDetection, MMSegmentation and
-MMPretrain:
+MMPretrain, and with `backbone='VMamba'` VMamba:
 
 ```python
 from mmengine.config import Config
@@ -48,8 +64,9 @@ Spatial-Mamba should be trained with: compare `configs/`. With `pretrained`, ima
 expect it (configs whose names hold `caffe` or `yolo` have other values), and the log says what changed.
 
 The tables are written by `python tools/sweep_zoo.py mmdet mmseg mmpretrain`: configs with a model, how many of them
-build unswapped on the machine of the sweep (without weights), how many work with a Spatial-Mamba of 32 channels and one
-block per stage, and what was run of these after the swap. Weights are random: no accuracy is claimed.
+build unswapped on the machine of the sweep (without weights), how many work with a backbone of 32 channels and one
+block per stage (Spatial-Mamba; `--backbone VMamba` tries the other), and what was run of these after the swap. Weights
+are random: no accuracy is claimed.
 """
 
 
@@ -105,7 +122,7 @@ def compute(model: torch.nn.Module, in_channels: int) -> str:
     return run
 
 
-def run(path: Path) -> dict:
+def run(path: Path, backbone: str) -> dict:
     """Tries one config and returns what came of it: 'ok' or the reason, unswapped and swapped."""
     cfg = Config.fromfile(path)
     result = {}
@@ -119,7 +136,7 @@ def run(path: Path) -> dict:
         except Exception as error:
             result['unswapped'] = in_one_line(error)
         try:
-            swapped = swap_backbone(cfg, SMALL)
+            swapped = swap_backbone(cfg, SMALL[backbone], backbone=backbone)
         except ValueError as error:
             return {**result, 'swapped': in_one_line(error)}
     try:
@@ -158,7 +175,7 @@ def group(paths: list[Path]) -> tuple[dict[str, list[Path]], dict[Path, str]]:
     return groups, unreadable
 
 
-def sweep(toolbox: str, jobs: int, pattern: str) -> dict[str, dict]:
+def sweep(toolbox: str, backbone: str, jobs: int, pattern: str) -> dict[str, dict]:
     """Runs every config of a toolbox and returns the result of each, by its path in the zoo."""
     root = configs_of(toolbox)
     paths = sorted(path for path in root.rglob('*.py') if '_base_' not in path.parts)
@@ -168,7 +185,8 @@ def sweep(toolbox: str, jobs: int, pattern: str) -> dict[str, dict]:
     members = {same[0]: same for same in groups.values()}
     start = time.monotonic()
     with multiprocessing.get_context('spawn').Pool(jobs, prepare, maxtasksperchild=50) as pool:
-        for done, (first, result) in enumerate(pool.imap_unordered(run_named, members), 1):
+        tried = pool.imap_unordered(functools.partial(run_named, backbone=backbone), members)
+        for done, (first, result) in enumerate(tried, 1):
             results.update(dict.fromkeys(members[first], result))
             left = (time.monotonic() - start) / done * (len(members) - done)
             print(f'\r{toolbox}: {done} of {len(members)} models, {left / 60:.1f} min left ', end='', file=sys.stderr)
@@ -176,9 +194,9 @@ def sweep(toolbox: str, jobs: int, pattern: str) -> dict[str, dict]:
     return {str(path.relative_to(root)): results[path] for path in sorted(results)}
 
 
-def run_named(path: Path) -> tuple[Path, dict]:
+def run_named(path: Path, backbone: str) -> tuple[Path, dict]:
     """Runs a config and returns it with its result, since results come out of order."""
-    return path, run(path)
+    return path, run(path, backbone)
 
 
 def as_markdown(toolbox: str, results: dict[str, dict]) -> str:
@@ -231,13 +249,16 @@ def main() -> None:
     """Parses the command line, sweeps and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('toolboxes', nargs='+', choices=sorted(DISTRIBUTIONS), help='installed toolboxes to sweep')
+    parser.add_argument('--backbone', default='SpatialMamba', choices=sorted(SMALL), help='(default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, help='processes, one thread each (default: 1)')
     parser.add_argument('--filter', default='', help='regular expression that a config path must contain')
     parser.add_argument('--out', type=Path, default=Path('zoo_coverage.md'), help='.md or .json to write')
     args = parser.parse_args()
+    if missing := [toolbox for toolbox in args.toolboxes if importlib.util.find_spec(toolbox) is None]:
+        parser.error(f'not installed: {", ".join(missing)}')
 
     start = time.monotonic()
-    results = {toolbox: sweep(toolbox, args.jobs, args.filter) for toolbox in args.toolboxes}
+    results = {toolbox: sweep(toolbox, args.backbone, args.jobs, args.filter) for toolbox in args.toolboxes}
     for toolbox, found in results.items():
         print(
             '{}: {} configs, {} build unswapped, {} of these work swapped, {} in all'.format(
@@ -249,7 +270,7 @@ def main() -> None:
     else:
         minutes = (time.monotonic() - start) / 60
         measured = (
-            f'Measured {time.strftime("%Y-%m-%d", time.gmtime())} with PyTorch {torch.__version__}, '
+            f'Measured with {args.backbone} {time.strftime("%Y-%m-%d", time.gmtime())}, PyTorch {torch.__version__}, '
             f'mmengine {importlib.metadata.version("mmengine")}, {args.jobs} processes, {minutes:.0f} minutes.'
         )
         text = '\n'.join([INTRODUCTION, measured, '', '\n\n'.join(as_markdown(*item) for item in results.items())])

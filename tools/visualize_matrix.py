@@ -1,4 +1,4 @@
-"""Shows linear attention, Mamba and Spatial-Mamba as one matrix each: y = M u over the tokens of a small grid.
+"""Shows linear attention, Mamba and a backbone as one matrix each: y = M u over the tokens of a small grid.
 
 Example:
     python tools/visualize_matrix.py configs/mask_rcnn_sm_t.py --checkpoint checkpoints/FILE --image IMAGE --grid 8 8
@@ -9,29 +9,34 @@ With step size Δ, input weight B, output weight C and skip weight D of one SSM 
     Mamba             M = diag(C) S  + D I    S [t, s] = exp(A (Δ_{s+1} + … + Δ_t)) Δ_s B_s for s <= t
     Spatial-Mamba     M = diag(C) F S + D I   F: the state fusion, 25 entries a row, replicate padding
 
-The first two are lower triangular: a token reads only those before it. F makes it read its surroundings. All three use
-the same parameters, so that what differs is the matrix alone. The picture shows M without D I, as the mean absolute
-value over the inner channels, and the row of the middle token as a map: what this token reads, and from where.
+Of a VMamba, the first two are those of its first order alone, and
 
-Each M is built from its formula in float64 and compared with what the fused op computes of the same input: the tool
-fails if they differ by more than 1e-12 of the largest (M - D I) u.
+    VMamba            M = sum_k P_k^T diag(C_k) S_k P_k + D I    P_k: the permutation into the sequence of order k
+
+The first two are lower triangular: a token reads only those before it. F makes it read its surroundings, and orders
+from all four sides the whole map. All use the same parameters, so that what differs is the matrix alone. The picture
+shows M without D I, as the mean absolute value over the inner channels, and the row of the middle token as a map: what
+this token reads, and from where.
+
+Each M is built from its formula in float64 and compared with what the op computes of the same input without a skip: the
+tool fails if they differ by more than 1e-12 of the largest (M - D I) u.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from mmspatialmamba.ops import structure_aware_ssm
 from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
 
 from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.inspection import (
+    ScanRecord,
     SSMRecord,
     build_model,
     crop_image,
@@ -42,7 +47,7 @@ from mmspatialmamba.inspection import (
 )
 
 TOLERANCE = 1e-12
-"""Largest difference between M u and the op, relative to the largest (M - D I) u; up to 4e-14 was measured."""
+"""Largest difference between (M - D I) u and the op, relative to the largest; up to 4e-14 was measured."""
 
 MOST_TOKENS = 1024
 CHANNELS_AT_ONCE = 16
@@ -50,25 +55,35 @@ DECADES = 4
 """Orders of magnitude that the colours span."""
 
 
-def mixers(record: SSMRecord) -> dict[str, SSMRecord]:
-    """Returns the SSM under each of the three theories: without decay and fusion, without fusion, and as it is."""
-    no_fusion = torch.zeros_like(record.taps)
-    no_fusion[TAP_OFFSETS.index((0, 0))] = 1
-    mamba = replace(record, taps=no_fusion)
+def mixers(record: SSMRecord | ScanRecord) -> dict[str, SSMRecord | ScanRecord]:
+    """Returns the SSM under each of three theories: without decay and fusion or orders, without these, and as it is."""
+    if isinstance(record, ScanRecord):
+        per_order = {'dt': 3, 'B': 3, 'C': 3, 'dt_weight': 0, 'dt_bias': 0, 'A': 0, 'D': 0}
+        first = {name: getattr(record, name).narrow(axis, 0, 1) for name, axis in per_order.items()}
+        name, mamba = 'VMamba', replace(record, **first, orders=record.orders[: len(record.orders) // len(record.A)])
+    else:
+        no_fusion = torch.zeros_like(record.taps)
+        no_fusion[TAP_OFFSETS.index((0, 0))] = 1
+        name, mamba = 'Spatial-Mamba', replace(record, taps=no_fusion)
     return {
-        'linear attention': replace(mamba, A=torch.zeros_like(record.A)),
+        'linear attention': replace(mamba, A=torch.zeros_like(record.A[: len(mamba.A)])),
         'Mamba': mamba,
-        'Spatial-Mamba': record,
+        name: record,
     }
 
 
-def scan_matrix(record: SSMRecord, channels: torch.Tensor) -> torch.Tensor:
-    """Returns S for each of the channels, (channels, L, L): the state is h = S u."""
-    delta = record.delta[0].flatten(0, 1)[:, channels]
-    log_decay = (delta * record.A[channels]).cumsum(0).T
+def scan_matrix(delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Returns S for each channel, (channels, L, L): the state is h = S u.
+
+    Args:
+        delta: Step size of some channels in the sequence of the scan, (L, channels).
+        A: Their decay rates, (channels,).
+        B: Input weight in the same sequence, (L, 1).
+    """
+    log_decay = (delta * A).cumsum(0).T
     later = torch.ones(len(delta), len(delta), dtype=torch.bool).triu(1)
     decay = (log_decay[:, :, None] - log_decay[:, None, :]).masked_fill(later, -torch.inf).exp()
-    return decay * (delta * record.B[0].flatten(0, 1)).T[:, None, :]
+    return decay * (delta * B).T[:, None, :]
 
 
 def fusion_matrix(taps: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -84,33 +99,52 @@ def fusion_matrix(taps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return matrix
 
 
-def matrices(record: SSMRecord) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def orders_matrix(record: ScanRecord, channels: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over orders and states of P^T diag(C) S P for each of the channels, (channels, L, L)."""
+    delta, B, C = (x[0].flatten(0, 1) for x in (record.delta, record.B, record.C))
+    matrix = 0
+    for k, at in enumerate(record.visits):
+        back = at.argsort()
+        for s in range(record.A.shape[-1]):
+            scan = scan_matrix(delta[at, k][:, channels], record.A[k, channels, s], B[at, k, s, None])
+            matrix = matrix + (C[at, k, s, None] * scan)[:, back][:, :, back]
+    return matrix
+
+
+def matrices(record: SSMRecord | ScanRecord) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields some channels at a time, and M without D I for each of them, (channels, L, L)."""
     height, width, count = record.u.shape[1:]
     for channels in torch.arange(count).split(CHANNELS_AT_ONCE):
+        if isinstance(record, ScanRecord):
+            yield channels, orders_matrix(record, channels)
+            continue
         fusion = fusion_matrix(record.taps[:, channels], height, width)
-        yield channels, record.C[0].reshape(-1, 1) * (fusion @ scan_matrix(record, channels))
+        delta, B, C = (x[0].flatten(0, 1) for x in (record.delta, record.B, record.C))
+        yield channels, C * (fusion @ scan_matrix(delta[:, channels], record.A[channels], B))
 
 
-def summarize(record: SSMRecord) -> tuple[np.ndarray, float]:
-    """Builds M for every channel and compares M u with the fused op.
+def summarize(record: SSMRecord | ScanRecord) -> tuple[np.ndarray, float]:
+    """Builds M without D I for every channel and compares its product with u with the op, D = 0.
 
     Args:
         record: Call of the op in float64, with one image.
 
     Returns:
-        Mean absolute value of M without D I over the channels, (L, L), and the largest difference of M u from the op
-        relative to the largest (M - D I) u.
+        Mean absolute value of M without D I over the channels, (L, L), and the largest difference of (M - D I) u from
+        the op relative to the largest.
     """
-    arguments = (getattr(record, name) for name in ('u', 'dt', 'B', 'C', 'dt_weight', 'dt_bias', 'A', 'D', 'taps'))
-    expected = structure_aware_ssm(*arguments)[0].flatten(0, 1)
+    record = replace(record, D=torch.zeros_like(record.D))
+    arguments = [getattr(record, field.name) for field in fields(record) if field.name != 'y']
+    op = torch.ops.mmspatialmamba
+    call = op.selective_scan.orders if isinstance(record, ScanRecord) else op.structure_aware_ssm
+    expected = call(*arguments)[0].flatten(0, 1)
     u = record.u[0].flatten(0, 1)
     read = torch.empty_like(u)
     total = 0
     for channels, matrix in matrices(record):
         total = total + matrix.abs().sum(0)
         read[:, channels] = (matrix @ u.T[channels, :, None])[..., 0].T
-    error = (read + record.D * u - expected).abs().max() / read.abs().max()
+    error = (read - expected).abs().max() / read.abs().max()
     return (total / u.shape[1]).numpy(), error.item()
 
 
@@ -137,7 +171,7 @@ def draw(pictures: dict[str, np.ndarray], height: int, width: int, title: str, p
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config whose backbone is a SpatialMamba')
+    parser.add_argument('config', help='config whose backbone is one of this package')
     parser.add_argument('--checkpoint', help='checkpoint of the model; without one, random weights')
     parser.add_argument('--image', type=Path, help='image file; without one, random pixels')
     parser.add_argument(
@@ -177,7 +211,7 @@ def main() -> int:
     for name, theory in mixers(record).items():
         pictures[name], error = summarize(theory)
         failed |= not error <= TOLERANCE
-        print(f'{name}: M u differs from the op by {error:.1e} of the largest (M - D I) u, allowed is {TOLERANCE:.0e}')
+        print(f'{name}: (M - D I) u differs from the op by {error:.1e} of the largest, allowed is {TOLERANCE:.0e}')
     weights = Path(args.checkpoint).name if args.checkpoint else 'random weights'
     title = (
         f'{Path(args.config).name}, {weights}, stage {block[0]}, block {block[1]}, grid {height}x{width}, D I left out'

@@ -1,15 +1,16 @@
-"""Shows what the blocks of a Spatial-Mamba compute of an image, and what a detector's or segmentor's answer rests on.
+"""Shows what the blocks of a backbone compute of an image, and what a detector's or segmentor's answer rests on.
 
 Examples:
     python tools/visualize_states.py states configs/mask_rcnn_sm_t.py IMAGE --checkpoint FILE --block 0 1 --block 3 3
     python tools/visualize_states.py cam configs/mask_rcnn_sm_t.py IMAGE --checkpoint FILE --label 0
 
-``states`` draws a row for each block: input u and step size Δ of its SSM, state h before and g after the fusion, and
-the observation y; each as the root mean square over the channels of a token, or as the signed values of one channel
-(``--channel``). ``cam`` draws Grad-CAM (arXiv 1610.02391) at every map of the backbone, whatever backbone it is: where
-the features speak for the answer. The answer of a detector is the score of its best object, that of a segmentor the
-mean logit of its largest class over the pixels of that class, that of a classifier the score of its best class;
-``--label`` picks another class. It needs Captum: pip install captum.
+``states`` draws a row for each block: of a Spatial-Mamba input u and step size Δ of its SSM, state h before and g after
+the fusion, and the observation y; of a VMamba input, step size, what each of its orders observes (rows, columns, both
+backwards), and their sum y. Each is drawn as the root mean square over the channels of a token, or as the signed
+values of one channel (``--channel``). ``cam`` draws Grad-CAM (arXiv 1610.02391) at every map of the backbone, whatever
+backbone it is: where the features speak for the answer. The answer of a detector is the score of its best object, that
+of a segmentor the mean logit of its largest class over the pixels of that class, that of a classifier the score of its
+best class; ``--label`` picks another class. It needs Captum: pip install captum.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch.nn.functional import interpolate
 from mmspatialmamba.checkpoint import CheckpointError
 from mmspatialmamba.inspection import (
     Sample,
+    ScanRecord,
     SSMRecord,
     build_model,
     last_blocks,
@@ -38,15 +40,6 @@ from mmspatialmamba.inspection import (
     record_ssm,
 )
 
-MAPS = {
-    'u': 'input u',
-    'delta': 'step size Δ',
-    'h': 'state before fusion h',
-    'g': 'state after fusion g',
-    'y': 'observation y',
-}
-"""What `SSMRecord` calls each map, and its title."""
-
 
 def summarize(values: torch.Tensor, channel: int | None) -> np.ndarray:
     """Returns the root mean square over the channels of (1, H, W, E), or the values of one channel, as (H, W)."""
@@ -55,12 +48,13 @@ def summarize(values: torch.Tensor, channel: int | None) -> np.ndarray:
 
 
 def draw_states(
-    sample: Sample, records: dict[tuple[int, int], SSMRecord], channel: int | None, title: str, path: Path
+    sample: Sample, records: dict[tuple[int, int], SSMRecord | ScanRecord], channel: int | None, title: str, path: Path
 ) -> None:
     """Draws the image and, in a row for each block, its maps; writes the picture."""
     height, width = sample.image.shape[:2]
     padded = sample.inputs.shape[2:]
-    shape = (len(records), len(MAPS) + 1)
+    maps = {block: record.maps() for block, record in records.items()}
+    shape = (len(records), max(map(len, maps.values())) + 1)
     figure = Figure(figsize=(2.9 * shape[1], (2.4 * height / width + 0.6) * shape[0] + 0.4), layout='constrained')
     figure.suptitle(title, fontsize=10)
     for axes, ((stage, block), record) in zip(figure.subplots(*shape, squeeze=False), records.items(), strict=True):
@@ -68,9 +62,9 @@ def draw_states(
         axes[0].imshow(sample.image)
         axes[0].set_title('image', fontsize=10)
         axes[0].set_ylabel(f'stage {stage}, block {block}\n{tokens[0]}x{tokens[1]} tokens\nrow, px', fontsize=9)
-        for axis, (name, label) in zip(axes[1:], MAPS.items(), strict=True):
-            values = summarize(getattr(record, name), channel)
-            signed = channel is not None and name != 'delta'
+        for axis, (label, found) in zip(axes[1:], maps[stage, block].items(), strict=True):
+            values = summarize(found, channel)
+            signed = (values < 0).any()
             largest = np.abs(values).max()
             image = axis.imshow(
                 values,
@@ -258,7 +252,7 @@ def main() -> None:
     print(f'wrote {args.out}')
 
 
-def check_channel(channel: int | None, records: dict[tuple[int, int], SSMRecord]) -> None:
+def check_channel(channel: int | None, records: dict[tuple[int, int], SSMRecord | ScanRecord]) -> None:
     """Raises a ValueError unless all blocks have this channel."""
     fewest = min(record.u.shape[-1] for record in records.values())
     if channel is not None and not 0 <= channel < fewest:

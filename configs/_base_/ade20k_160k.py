@@ -1,4 +1,4 @@
-# ADE20K, 160k iterations: the published recipe, 512x512 crops, 16 images a step on 4 GPUs x 4.
+# ADE20K, 160k iterations: the recipe of the published runs, 512x512 crops, 16 images per step on 4 GPUs x 4.
 # mmseg's files are named by path: the form 'mmseg::' does not resolve on the onedl forks.
 _base_ = [
     __import__('mmseg').__path__[0] + '/.mim/configs/_base_/datasets/ade20k.py',
@@ -25,7 +25,7 @@ param_scheduler = [
 
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
-# The published multi-scale mIoU: three scales and their flips.
+# The published multi-scale mIoU of Spatial-Mamba: three scales and their flips.
 img_ratios = [0.75, 1.0, 1.25]
 tta_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),

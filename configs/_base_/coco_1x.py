@@ -1,4 +1,4 @@
-# COCO, 1x: the published recipe (arXiv 2410.15091), 16 images a step on 8 GPUs x 2.
+# COCO, 1x: the recipe of the published runs (arXiv 2410.15091, 2401.10166), 16 images per step on 8 GPUs x 2.
 _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py',

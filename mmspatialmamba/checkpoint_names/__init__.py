@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from .spatial_mamba import SPATIAL_MAMBA
 from .table import BACKBONE_PREFIX, NameTable
+from .vmamba import VMAMBA
 
-TABLES = (SPATIAL_MAMBA,)
+TABLES = (SPATIAL_MAMBA, VMAMBA)
 """The table of every backbone of this package."""
 
 
@@ -15,4 +16,4 @@ def find_table(names: Iterable[str]) -> NameTable | None:
     return next((table for table in TABLES if table.fits(names)), None)
 
 
-__all__ = ['BACKBONE_PREFIX', 'SPATIAL_MAMBA', 'TABLES', 'NameTable', 'find_table']
+__all__ = ['BACKBONE_PREFIX', 'SPATIAL_MAMBA', 'TABLES', 'VMAMBA', 'NameTable', 'find_table']

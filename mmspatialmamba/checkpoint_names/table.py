@@ -1,8 +1,10 @@
 """The table of one backbone's parameter names: published and own."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+
+import torch
 
 BACKBONE_PREFIX = 'backbone.'
 """What the names of a backbone begin with in the models of the toolboxes."""
@@ -21,7 +23,16 @@ class NameTable:
         classifier_norm: Official name of a classifier's last norm, which is the output norm of the last stage when that
             stage alone is returned.
         classifier_head: Official name of a classifier's linear layer.
+        linear: Patterns of own names of linear layers' weights, (out, in), which some files hold as the kernels of 1x1
+            convolutions, (out, in, 1, 1).
+        stacked: Patterns of own names of linear layers' weights, (parts · out, in), which published files hold as
+            (parts, out, in), with the number of parts.
+        find_relative: Given the entries of a state dict, returns why they are those of another network with names such
+            as these, or None.
     """
+
+    NORMS = 'out_norms.'
+    """What own names of output norms begin with, in every backbone."""
 
     LAST_NORM = 'out_norms.3'
     """Own name of the output norm of the last stage, in every backbone."""
@@ -36,9 +47,16 @@ class NameTable:
         stem: str,
         classifier_norm: str,
         classifier_head: str,
+        linear: Sequence[str] = (),
+        stacked: Mapping[str, int] | None = None,
+        find_relative: Callable[[Mapping[str, object]], str | None] = lambda entries: None,
     ):
         self.pairs = tuple(pairs)
+        self.signature = signature
         self.stem = stem
+        self.find_relative = find_relative
+        self._linear = [_compile(pattern) for pattern in (*linear, f'{self.TOOLBOX_HEAD}.weight')]
+        self._stacked = {_compile(pattern): parts for pattern, parts in (stacked or {}).items()}
         self._norm = (classifier_norm, self.LAST_NORM)
         self._head = (classifier_head, self.TOOLBOX_HEAD)
         self._official, self._own = (_compile(pattern) for pattern in signature)
@@ -58,10 +76,36 @@ class NameTable:
         pairs = [self._norm, *self.pairs] if classifier else self.pairs
         return _rename(name, [(own, official) for official, own in pairs])
 
-    def to_toolbox(self, name: str) -> str:
-        """Returns where a parameter of a published classifier, which has no prefix, lies in a model of a toolbox."""
+    def to_own_value(self, name: str, value: object) -> object:
+        """Returns the value of a published entry in the shape that it has here.
+
+        Args:
+            name: Own name, without the prefix of the backbone, or name in the model of a toolbox.
+            value: Tensor, or whatever else a state dict holds.
+        """
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.ndim == 4 and value.shape[2:] == (1, 1) and any(pattern.match(name) for pattern in self._linear):
+            value = value.flatten(1)
+        if value.ndim == 3 and value.shape[0] == self._parts(name):
+            value = value.flatten(0, 1)
+        return value
+
+    def to_official_value(self, name: str, value: object) -> object:
+        """Returns a value in the shape that it has in published files: the inverse of `to_own_value`."""
+        parts = self._parts(name)
+        return value.unflatten(0, (parts, -1)) if parts and isinstance(value, torch.Tensor) else value
+
+    def _parts(self, name: str) -> int | None:
+        return next((parts for pattern, parts in self._stacked.items() if pattern.match(name)), None)
+
+    def to_toolbox(self, name: str, value: object) -> tuple[str, object]:
+        """Returns where an entry of a published classifier, which has no prefix, lies in a model of a toolbox.
+
+        Names and values of the backbone stay as they are, under its prefix.
+        """
         renamed = _rename(name, [self._head])
-        return BACKBONE_PREFIX + name if renamed == name else renamed
+        return (BACKBONE_PREFIX + name, value) if renamed == name else (renamed, self.to_own_value(renamed, value))
 
     def from_toolbox(self, name: str) -> str:
         """Returns the name without prefix of a classifier's parameter: the inverse of `to_toolbox`."""

@@ -3,6 +3,8 @@
 from .backbone import Backbone
 from .fused import fuse, unfuse
 from .mm_spatial_mamba import MMSpatialMamba
+from .mm_vssm import MMVSSM
 from .spatial_mamba import SpatialMamba
+from .vmamba import VMamba
 
-__all__ = ['Backbone', 'MMSpatialMamba', 'SpatialMamba', 'fuse', 'unfuse']
+__all__ = ['MMVSSM', 'Backbone', 'MMSpatialMamba', 'SpatialMamba', 'VMamba', 'fuse', 'unfuse']

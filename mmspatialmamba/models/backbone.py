@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Source
-from ..checkpoint_names import NameTable
+from ..checkpoint_names import BACKBONE_PREFIX, NameTable, find_table
 from ..load_report import fit_state_dict
 from ..ops.compat import OutOfMemoryError
 
@@ -56,9 +56,9 @@ class Backbone(BaseModule):
     these are channels-last, (N, H, W, C).
 
     Args:
-        arch: A name of `ARCHITECTURES` or its first letter, or a dict with the same keys: ``embed_dims`` (channels C
-            of the first stage, even), ``depths`` (number of blocks of each of the four stages), and what a subclass
-            adds.
+        arch: A name of `ARCHITECTURES` or its first letter (of several, the first that has it), or a dict with the
+            same keys: ``embed_dims`` (channels C of the first stage, even), ``depths`` (number of blocks of each of the
+            four stages), and what a subclass adds.
         in_channels: Number of image channels.
         out_indices: Stages (0 to 3, or -4 to -1) whose maps are returned, in this order. Stages after the last one
             are not built.
@@ -198,7 +198,10 @@ class Backbone(BaseModule):
     def _parse_arch(cls, arch: str | dict) -> dict:
         owner, stages = cls.__name__, len(cls.STRIDES)
         if isinstance(arch, str):
-            names = {alias: name for name in cls.ARCHITECTURES for alias in (name, name[0])}
+            names = {}
+            for name in cls.ARCHITECTURES:
+                names.setdefault(name, name)
+                names.setdefault(name[0], name)
             if arch not in names:
                 raise ValueError(f'{owner}: arch must be one of {", ".join(names)} or a dict, got {arch!r}')
             arch = cls.ARCHITECTURES[names[arch]]
@@ -340,15 +343,16 @@ class Backbone(BaseModule):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        source: Source | None = local_metadata.get(Source.KEY)
+        subject = f'{self._name}: {source.file if source else "the state dict"}'
+        self._refuse_other_networks(state_dict, prefix, subject)
         report = fit_state_dict(
             state_dict, prefix, self.state_dict(), self.NAMES, classifier=self.out_indices == (len(self.depths) - 1,)
         )
-        source: Source | None = local_metadata.get(Source.KEY)
-        subject = f'{self._name}: {source.file if source else "the state dict"}'
         # MMEngine only logs what does not fit, and a wrong file must not start a training from random weights.
         # A file of the backbone alone, or of nothing, has nothing for the rest of a model either.
         nothing = not prefix or (source is not None and (not source.names or self.NAMES.is_own(source.names)))
-        if not report.matched and (nothing or not report.absent):
+        if (not report.matched and (nothing or not report.absent)) or report.is_incomplete:
             raise RuntimeError(f'{subject} {report.describe()}')
         if report.absent:
             print_log(
@@ -362,3 +366,20 @@ class Backbone(BaseModule):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _refuse_other_networks(self, state_dict: Mapping, prefix: str, subject: str) -> None:
+        """Raises a RuntimeError if what a state dict holds for this backbone are another network's weights.
+
+        Where names and shapes agree in part, they would load by halves.
+        """
+        if not prefix and any(name.startswith(BACKBONE_PREFIX) for name in state_dict):
+            prefix = BACKBONE_PREFIX
+        entries = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        relative = self.NAMES.find_relative(entries)
+        if relative is not None:
+            raise RuntimeError(f'{subject} cannot be loaded: {relative}')
+        if not self.NAMES.fits(entries) and find_table(entries) is not None:
+            raise RuntimeError(
+                f'{subject} holds another backbone of mmspatialmamba: expected names such as '
+                f'{", ".join(self.NAMES.signature)}, found {", ".join(list(entries)[:3])}'
+            )

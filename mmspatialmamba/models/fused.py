@@ -18,12 +18,12 @@ from ..ops import mlp, ssm_layer
 from ..ops.compat import sharded_tensor
 from ..ops.library import matmul_dtype
 from .block import Block
-from .layers import ConvNorm, LayerNorm
+from .layers import GELU, ConvNorm, LayerNorm
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd)
 """BatchNorm as built, and what conversions to and from SyncBN make of it."""
 
-EQUIVALENT = (BATCH_NORMS, (LayerNorm, nn.LayerNorm))
+EQUIVALENT = (BATCH_NORMS, (LayerNorm, nn.LayerNorm), (GELU, nn.GELU))
 """Classes that compute the same, so that either may be held."""
 
 TENSORS = (nn.Parameter, torch.Tensor, sharded_tensor())

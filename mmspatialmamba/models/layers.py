@@ -1,10 +1,12 @@
-"""Layers of Spatial-Mamba around its state space model; maps are channels-last, (N, H, W, C), unless stated."""
+"""Layers around the state space models, and initial values; maps are channels-last, (N, H, W, C), unless stated."""
+
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..ops import depthwise_conv, layer_norm
+from ..ops import depthwise_conv, gelu, layer_norm
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -19,6 +21,7 @@ class DepthwiseConv(nn.Conv2d):
         activation: What follows the convolution: 'none', 'silu' or 'relu'.
         relu_input: Whether ReLU comes before it.
         residual: Whether the input is added to the result.
+        bias: Whether there is a bias.
     """
 
     def __init__(
@@ -28,8 +31,9 @@ class DepthwiseConv(nn.Conv2d):
         activation: str = 'none',
         relu_input: bool = False,
         residual: bool = False,
+        bias: bool = True,
     ):
-        super().__init__(channels, channels, 3, stride, padding=1, groups=channels)
+        super().__init__(channels, channels, 3, stride, padding=1, groups=channels, bias=bias)
         self.activation = activation
         self.relu_input = relu_input
         self.residual = residual
@@ -162,6 +166,14 @@ class Downsample(nn.Module):
         return self.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class GELU(nn.GELU):
+    """GELU, computed by `mmspatialmamba.ops.gelu`; by PyTorch where it is to be approximated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps a tensor of any shape to the same shape."""
+        return gelu(x) if self.approximate == 'none' else super().forward(x)
+
+
 class MLP(nn.Module):
     """MLP branch of a block: two linear layers with an exact GELU between, of ratio 4.
 
@@ -172,9 +184,36 @@ class MLP(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.fc1 = nn.Linear(channels, 4 * channels)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+STEP_RANGE = (1e-3, 1e-1)
+"""Range of the initial step size Δ at dt = 0, which is drawn log-uniformly."""
+
+
+@torch.no_grad()
+def draw_step_size(weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Draws the projection of a step size uniformly, and its bias so that Δ is log-uniform in ``STEP_RANGE``.
+
+    Args:
+        weight: Projection to overwrite, (..., E, R).
+        bias: Bias to overwrite, (..., E).
+    """
+    rank = weight.shape[-1]
+    nn.init.uniform_(weight, -(rank**-0.5), rank**-0.5)
+    low, high = (math.log(step) for step in STEP_RANGE)
+    step = torch.empty_like(bias).uniform_(low, high).exp()
+    bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+def draw_linear(*layers: nn.Linear) -> None:
+    """Draws the weights of linear layers from a normal distribution of deviation 0.02; biases become zero."""
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

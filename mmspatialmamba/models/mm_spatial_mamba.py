@@ -1,40 +1,23 @@
 """`SpatialMamba` under the name and with the arguments of the original code, so that its configs run as they are."""
 
-import logging
 from collections.abc import Sequence
 
-from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from ..registry import MODELS
+from .original_arguments import BuiltIn, first_width, take_arguments
 from .spatial_mamba import SpatialMamba
 
 BUILT_IN = {
-    'd_state': (1, 'the state fusion and all published models are defined on one state per channel'),
-    'dt_init': ('random', 'step sizes are drawn as in the published models'),
-    'mlp_ratio': (4, 'the MLP of a block has four times its channels'),
-    'norm_layer': ('ln', 'blocks and outputs have LayerNorm'),
-    'patch_size': (4, 'the stem has stride 4'),
-    'drop_rate': (0, 'there is no dropout beside drop path'),
-    'attn_drop_rate': (0, 'there is no dropout beside drop path'),
+    'd_state': BuiltIn((1,), 'the state fusion and all published models are defined on one state per channel'),
+    'dt_init': BuiltIn(('random',), 'step sizes are drawn as in the published models'),
+    'mlp_ratio': BuiltIn((4,), 'the MLP of a block has four times its channels'),
+    'norm_layer': BuiltIn(('ln',), 'blocks and outputs have LayerNorm'),
+    'patch_size': BuiltIn((4,), 'the stem has stride 4'),
+    'drop_rate': BuiltIn((0,), 'there is no dropout beside drop path'),
+    'attn_drop_rate': BuiltIn((0,), 'there is no dropout beside drop path'),
 }
-"""Arguments of the original that are no choice here: the value that is built in, and why."""
-
-WITHOUT_EFFECT = {
-    'Swin': (
-        'pretrain_img_size', 'embed_dims', 'window_size', 'num_heads', 'strides', 'qkv_bias', 'qk_scale', 'patch_norm',
-        'use_abs_pos_embed', 'act_cfg', 'norm_cfg', 'convert_weights',
-    ),
-    'ResNet': (
-        'depth', 'in_channels', 'stem_channels', 'base_channels', 'num_stages', 'strides', 'dilations', 'style',
-        'deep_stem', 'avg_down', 'norm_cfg', 'conv_cfg', 'dcn', 'stage_with_dcn', 'plugins', 'zero_init_residual',
-        'contract_dilation',
-    ),
-}  # fmt: skip
-"""What a config has left over from the backbone that it inherits; the original ignored it."""
-
-OURS = {'frozen_stages': -1, 'norm_eval': False, 'with_cp': False, 'init_cfg': None}
-"""Arguments that the original had not, with their defaults: beside left-over keys they are the inherited backbone's."""
+"""Arguments of the original that are no choice here."""
 
 
 @ROOT_MODELS.register_module(name='MM_SpatialMamba')
@@ -62,7 +45,7 @@ class MMSpatialMamba(SpatialMamba):
         num_classes: Without effect: a backbone has no classifier.
         key: Without effect: the layout of a checkpoint is recognized.
         **others: Arguments with the value that is built in (`BUILT_IN`), and keys left over from an inherited backbone
-            (`WITHOUT_EFFECT`).
+            (`mmspatialmamba.models.original_arguments.WITHOUT_EFFECT`).
 
     Raises:
         TypeError: An argument is unknown.
@@ -87,34 +70,12 @@ class MMSpatialMamba(SpatialMamba):
         key: str = 'model',
         **others,
     ):
-        for name in sorted(BUILT_IN.keys() & others.keys()):
-            built_in, reason = BUILT_IN[name]
-            value = others.pop(name)
-            if (value.lower() if isinstance(value, str) else value) != built_in:
-                raise ValueError(f'MM_SpatialMamba: {name} must be {built_in!r}, got {value!r}: {reason}')
-        unknown = others.keys() - {name for names in WITHOUT_EFFECT.values() for name in names}
-        if unknown:
-            raise TypeError(
-                f'MM_SpatialMamba: unknown argument {", ".join(sorted(unknown))}: neither one of the original nor left '
-                'over from Swin or ResNet'
-            )
         ours = {'frozen_stages': frozen_stages, 'norm_eval': norm_eval, 'with_cp': with_cp, 'init_cfg': init_cfg}
-        if others:
-            ignored = [name for name in OURS if ours[name] != OURS[name]]
-            print_log(
-                'MM_SpatialMamba: left over from an inherited backbone, without effect: '
-                f'{", ".join(sorted(others) + ignored)}. With _delete_=True in the backbone, {", ".join(OURS)} are its '
-                'own.',
-                logger='current',
-                level=logging.WARNING,
-            )
-            ours = dict(OURS)
+        ours = take_arguments('MM_SpatialMamba', BUILT_IN, others, ours)
         ours['with_cp'] |= use_checkpoint
-        widths = [dims] if isinstance(dims, int) else list(dims)
-        if len(widths) > 1 and widths != [widths[0] * 2**i for i in range(len(self.STRIDES))]:
-            raise ValueError(f'MM_SpatialMamba: dims must double from stage to stage, got {dims}')
+        width = first_width('MM_SpatialMamba', dims, len(self.STRIDES))
         super().__init__(
-            arch={'embed_dims': widths[0], 'depths': tuple(depths)},
+            arch={'embed_dims': width, 'depths': tuple(depths)},
             in_channels=in_chans,
             out_indices=out_indices,
             drop_path_rate=drop_path_rate,

@@ -6,7 +6,6 @@ their own names (see `mmspatialmamba.checkpoint_names.spatial_mamba`).
 
 from typing import ClassVar
 
-import torch.nn as nn
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from ..checkpoint_names import SPATIAL_MAMBA
@@ -14,7 +13,7 @@ from ..registry import MODELS
 from .backbone import Backbone
 from .block import Block
 from .fused import fuse
-from .layers import MLP, Downsample, Stem
+from .layers import MLP, Downsample, Stem, draw_linear
 from .ssm import StructureAwareSSM
 
 
@@ -63,12 +62,6 @@ class SpatialMamba(Backbone):
         """Draws the weights of the linear layers of SSM and MLP from a normal distribution of deviation 0.02."""
         for module in self.modules():
             if isinstance(module, StructureAwareSSM):
-                linears = (module.in_proj, module.out_proj)
+                draw_linear(module.in_proj, module.out_proj)
             elif isinstance(module, MLP):
-                linears = (module.fc1, module.fc2)
-            else:
-                continue
-            for linear in linears:
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+                draw_linear(module.fc1, module.fc2)

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..ops import fusion_taps, gated_norm, structure_aware_ssm
-from .layers import DepthwiseConv
+from .layers import DepthwiseConv, draw_step_size
 
 
 class StateFusion(nn.Module):
@@ -85,9 +85,6 @@ class StructureAwareSSM(nn.Module):
             R = ceil(d / 16).
     """
 
-    STEP_RANGE = (1e-3, 1e-1)
-    """Range of the initial step size Δ at dt = 0, drawn log-uniformly."""
-
     def __init__(self, channels: int):
         super().__init__()
         inner = 2 * channels
@@ -103,15 +100,7 @@ class StructureAwareSSM(nn.Module):
         self.core = Core()
         self.norm = GatedNorm(inner)
         self.out_proj = nn.Linear(inner, channels, bias=False)
-        self.reset_step_size()
-
-    @torch.no_grad()
-    def reset_step_size(self) -> None:
-        """Draws the projection of the step size uniformly and its bias so that Δ is log-uniform in ``STEP_RANGE``."""
-        nn.init.uniform_(self.dt_weight, -(self.rank**-0.5), self.rank**-0.5)
-        low, high = (math.log(step) for step in self.STEP_RANGE)
-        step = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        draw_step_size(self.dt_weight, self.dt_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, H, W, d) to (N, H, W, d)."""

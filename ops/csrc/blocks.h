@@ -51,6 +51,16 @@ inline void with_count(int64_t count, const Work& work) {
   }
 }
 
+/// Calls `work(flag)` with a compile-time constant.
+template <typename Work>
+inline void with_flag(bool flag, const Work& work) {
+  if (flag) {
+    work(std::true_type{});
+  } else {
+    work(std::false_type{});
+  }
+}
+
 /// Calls `work(first, count)` for each vector of channels; `count` as in `with_count`.
 template <typename acc_t, typename Work>
 inline void for_vectors(int64_t E, const Work& work) {

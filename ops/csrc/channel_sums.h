@@ -119,6 +119,12 @@ class TokenSums {
   template <typename scalar_t>
   void write(int64_t first, const at::Tensor& out) const {
     const int64_t width = out.size(-1);
+    write<scalar_t>(first, width, out, [&](int64_t n, int64_t t) { return (n * L_ + t) * width; });
+  }
+
+  /// The same for `width` values of each token, which go to where `place(n, t)` says, as an offset in `out`.
+  template <typename scalar_t, typename Place>
+  void write(int64_t first, int64_t width, const at::Tensor& out, const Place& place) const {
     scalar_t* data = out.mutable_data_ptr<scalar_t>();
     constexpr int64_t TILE = 64;
     at::parallel_for(0, N_ * width, 1, [&](int64_t begin, int64_t end) {
@@ -135,7 +141,7 @@ class TokenSums {
             }
           }
           for (int64_t t = 0; t < tile; ++t) {
-            data[(n * L_ + first_token + t) * width + i] = static_cast<scalar_t>(sums[t]);
+            data[place(n, first_token + t) + i] = static_cast<scalar_t>(sums[t]);
           }
         }
       }

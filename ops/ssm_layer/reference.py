@@ -8,12 +8,21 @@ from ..residual import add_branch, scale_gradient
 OPS = torch.ops.mmspatialmamba
 CONV_OPTIONS = (1, 'silu', False, False)
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of a part, in inference on a CPU: few enough for its maps to stay in the cache."""
+
 
 def ssm_layer_reference(
     x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias, A, D,
     taps, out_norm_weight, out_norm_bias, out_eps, scale, keep,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Computes `ssm_layer`; returns besides, if they are to be kept, the maps that backward reads."""
+    if x.device.type == 'cpu' and not keep:
+        out = _forward_in_parts(
+            x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight,
+            dt_bias, A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale,
+        )  # fmt: skip
+        return out, *(in_weight.new_empty(0) for _ in range(4))
     uz = OPS.layer_norm(x, norm_weight, norm_bias, eps, in_weight.dtype)[0] @ in_weight.T
     before, z = uz.chunk(2, -1)
     u = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
@@ -22,6 +31,37 @@ def ssm_layer_reference(
     branch = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps) @ out_weight.T
     kept = (uz, u, steps, y)
     return add_branch(x.contiguous(), branch, scale), *(kept if keep else [tensor.new_empty(0) for tensor in kept])
+
+
+def _forward_in_parts(
+    x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias, A, D,
+    taps, out_norm_weight, out_norm_bias, out_eps, scale,
+) -> torch.Tensor:  # fmt: skip
+    """Computes the output alone, some rows at a time: of the wide maps, u and y are the only ones in memory as a whole.
+
+    On a CPU that spares more than memory: a large new tensor costs more time to get than to fill.
+    """
+    N, H, W, _ = x.shape
+    E = len(conv_weight)
+    rows = max(1, TOKENS_AT_ONCE // max(1, N * W))
+    parts = [slice(first, min(first + rows, H)) for first in range(0, H, rows)]
+
+    def project(part: slice, weight: torch.Tensor) -> torch.Tensor:
+        return OPS.layer_norm(x[:, part], norm_weight, norm_bias, eps, in_weight.dtype)[0] @ weight.T
+
+    u = in_weight.new_empty(N, H, W, E)
+    for part in parts:
+        wider = slice(max(0, part.start - 1), part.stop + 1)  # the rows that the convolution reads
+        before = project(wider, in_weight[:E])
+        conv = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
+        u[:, part] = conv[:, part.start - wider.start : part.stop - wider.start]
+    y = OPS.structure_aware_ssm(u, *_split(u @ x_weight.T), dt_weight, dt_bias, A, D, taps)
+    del u
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part in parts:
+        gated = OPS.gated_norm(y[:, part], project(part, in_weight[E:]), out_norm_weight, out_norm_bias, out_eps)
+        out[:, part] = add_branch(x[:, part], gated @ out_weight.T, scale)
+    return out
 
 
 def ssm_layer_backward_reference(

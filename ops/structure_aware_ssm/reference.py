@@ -3,14 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-from ..scan_states.reference import scan_states_backward_reference, scan_states_reference
+from ..scan_states.reference import scan_states_backward_reference, scan_states_reference, softplus
 from ..state_fusion.reference import state_fusion_backward_reference, state_fusion_reference
 
 
 def structure_aware_ssm_reference(u, dt, B, C, dt_weight, dt_bias, A, D, taps) -> torch.Tensor:
     """Computes `structure_aware_ssm` with plain PyTorch."""
     u_acc, dt, B, C = (x.to(A.dtype) for x in (u, dt, B, C))
-    delta = _softplus(F.linear(dt, dt_weight, dt_bias))
+    delta = softplus(F.linear(dt, dt_weight, dt_bias))
     h = _on_sequence(scan_states_reference, u_acc, delta, A, B)
     g = state_fusion_reference(h, taps)
     return torch.addcmul(g * C, u_acc, D).to(u.dtype)
@@ -21,7 +21,7 @@ def structure_aware_ssm_backward_reference(dy, u, dt, B, C, dt_weight, dt_bias, 
     acc = A.dtype
     dy, u_acc, dt_acc, B_acc, C_acc = (x.to(acc) for x in (dy, u, dt, B, C))
     pre = F.linear(dt_acc, dt_weight, dt_bias)
-    delta = _softplus(pre)
+    delta = softplus(pre)
     h = _on_sequence(scan_states_reference, u_acc, delta, A, B_acc)
 
     dC = (dy * state_fusion_reference(h, taps)).sum(-1, keepdim=True)
@@ -36,11 +36,6 @@ def structure_aware_ssm_backward_reference(dy, u, dt, B, C, dt_weight, dt_bias, 
     ddt_bias = dpre.sum((0, 1, 2))
     gradients = (du, ddt, dB, dC)
     return *(x.to(u.dtype) for x in gradients), ddt_weight, ddt_bias, dA, dD, dtaps
-
-
-def _softplus(x: torch.Tensor) -> torch.Tensor:
-    """Computes log(1 + exp(x)), whose error in float64 is below 1e-21 (PyTorch's default threshold leaves 2e-9)."""
-    return F.softplus(x, threshold=50.0)
 
 
 def _on_sequence(scan, *args: torch.Tensor):

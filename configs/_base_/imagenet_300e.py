@@ -1,4 +1,4 @@
-# ImageNet-1K: the published recipe, 300 epochs, 1024 images per step on 8 GPUs x 128, EMA and MESA.
+# ImageNet-1K: what the published runs of all backbones share, 300 epochs, 1024 images per step on 8 GPUs x 128, EMA.
 # mmpretrain's files are named by path, as in ade20k_160k.py.
 _base_ = [
     __import__('mmpretrain').__path__[0] + '/.mim/configs/_base_/datasets/imagenet_bs64_swin_224.py',
@@ -9,15 +9,10 @@ _base_ = [
 custom_imports = dict(imports=['mmspatialmamba'], allow_failed_imports=False)
 
 model = dict(
-    type='mmspatialmamba.mesa.MESAImageClassifier',
-    # From a quarter of the epochs on, the criterion against the EMA model's softmax is added with this weight.
-    mesa_weight=1.0,
-    backbone=dict(type='mmspatialmamba.SpatialMamba', arch='tiny', out_indices=(3,), drop_path_rate=0.2),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',
         num_classes=1000,
-        in_channels=512,
         init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
         cal_acc=False,
@@ -69,9 +64,6 @@ val_cfg = dict()
 test_cfg = dict()
 auto_scale_lr = dict(base_batch_size=1024)
 
-# Not custom_hooks, which a config that inherits this one would replace as a whole.
-default_hooks = dict(
-    # BatchNorm's statistics are averaged too, as in the original; by default they are copied.
-    ema=dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL'),
-    mesa=dict(type='mmspatialmamba.mesa.MESAHook', begin_epoch=75),
-)
+# Not custom_hooks, which a config that inherits this one would replace as a whole. BatchNorm's statistics are averaged
+# too, as in the original runs; by default they are copied.
+default_hooks = dict(ema=dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL'))
