@@ -154,7 +154,7 @@ setup(
     package_data={'mmspatialmamba': ['py.typed']},
     # The OpenMMLab distributions are extras, never requirements: their maintained forks (onedl-*) own the same modules,
     # and pip would write over them.
-    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'test')},
+    extras_require={name: requirements(name) for name in ('openmmlab', 'onedl', 'mim', 'export', 'weights', 'test')},
     cmdclass=COMMANDS,
     **ARGUMENTS,
 )

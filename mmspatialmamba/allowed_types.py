@@ -8,6 +8,7 @@ import inspect
 import os
 import pathlib
 import pickle
+import re
 import typing
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
 from . import weights_only
@@ -37,11 +39,15 @@ NEVER_ADVISED = (
 
 
 def always_allowed() -> list:
-    """Returns what is allowed in the whole process: MMEngine's message hub, arrays, namespaces and paths."""
+    """Returns what is allowed in the whole process: MMEngine's message hub and configs, arrays, plain values, paths."""
     return [
         HistoryBuffer,
         (_history_buffer_method, 'builtins.getattr'),
+        ConfigDict,  # of a data set's metainfo, where that holds dicts
         argparse.Namespace,
+        frozenset,
+        range,
+        slice,
         *_paths(),
         *_arrays(),
     ]
@@ -71,9 +77,13 @@ def _is_omegaconf(name: str) -> bool:
 
 
 def _describe(path: str, error: str) -> str:
-    names = sorted(_refused_names(path) or ()) if 'GLOBAL' in error else []
+    names = _refused_names(path) if 'GLOBAL' in error else []
+    if not names:  # which only the error says: one at a time, those of builtins without their module
+        named = re.findall(r'GLOBAL (\S+)(?: was not| whose module|$)', error)
+        names = [name if '.' in name else f'builtins.{name}' for name in named]
+    names = sorted(names)
     if not names:
-        return error.partition('WeightsUnpickler error:')[2].strip().partition('\n')[0] or error.partition('\n')[0]
+        return re.sub(r'^Weights only load failed.*\n|WeightsUnpickler error:', '', error).strip().partition('\n')[0]
     if any(name.partition('.')[0] in NEVER_ADVISED for name in names):
         return ', '.join(names)
     modules = sorted({name.rpartition('.')[0] for name in names})

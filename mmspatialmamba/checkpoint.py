@@ -6,12 +6,13 @@ as PyTorch's download of state dicts does, and the onedl fork of MMEngine for a 
 """
 
 import json
-import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from . import weights_only
 from .allowed_types import allowing_harmless_types, always_allowed
 from .checkpoint_names import find_table
-from .download import cached, check_name, download
+from .download import DownloadError, cached, download, on_every_rank
+from .published import SCHEMES, find_model, find_weights
 
 
 class CheckpointError(RuntimeError):
@@ -34,9 +36,10 @@ class ForbiddenContentError(CheckpointError, pickle.UnpicklingError):
 def register() -> None:
     """Makes the types of checkpoints known to PyTorch, and this module's readers known to MMEngine.
 
-    The readers replace MMEngine's for local files and for HTTP in the whole process: they refuse what holds more than
-    plain values, and every failure to read is one `CheckpointError` that names the file. What holds none of this
-    package's backbones they hand on as it is. What does hold one is given the layout that MMEngine loads from:
+    The readers replace MMEngine's for local files and for HTTP in the whole process, and add one for published models
+    by name, such as ``spatialmamba://cls_sm_t``: they refuse what holds more than plain values, and every failure to
+    read is one `CheckpointError` that names the file. What holds none of this package's backbones they hand on as it
+    is. What does hold one is given the layout that MMEngine loads from:
 
     - the weights under ``state_dict``, where they were under ``model``;
     - names without ``module.``, which wrapped models put before them;
@@ -45,6 +48,8 @@ def register() -> None:
     weights_only.allow(always_allowed())
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
+    names = tuple(f'{scheme}://' for scheme in SCHEMES)
+    CheckpointLoader.register_scheme(prefixes=names, loader=load_from_published, force=True)
 
 
 def load_from_local(filename: str, map_location: str | torch.device | None = None) -> object:
@@ -54,17 +59,41 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, or holds code or unknown types.
     """
-    return _present(_read_local(filename, map_location), filename)
+    return _present(_read(filename, map_location), filename)
 
 
-def read_local(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Reads a local checkpoint as it is.
+def load_from_http(filename: str, map_location: str | torch.device | None = None) -> object:
+    """Downloads and reads a file, with the errors and the layout that `register` describes.
+
+    The file stays in PyTorch's folder of downloads, see `mmspatialmamba.download`.
+
+    Raises:
+        CheckpointError: The address cannot be read, or its file cannot, as in `load_from_local`.
+    """
+    return _present(_read(filename, map_location), filename)
+
+
+def load_from_published(filename: str, map_location: str | torch.device | None = None) -> object:
+    """Reads the weights of a published model by its name, such as ``spatialmamba://cls_sm_t``, downloaded if need be.
+
+    Raises:
+        CheckpointError: There is no such model, or its file cannot be had or read, see `mmspatialmamba.published`.
+    """
+    return _present(_read(filename, map_location), filename)
+
+
+def read(filename: str, map_location: str | torch.device | None = None) -> dict:
+    """Reads a checkpoint as it is.
+
+    Args:
+        filename: A path, an address, or the name of a published model.
+        map_location: Device of the tensors.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is damaged, holds code or unknown types, or is no checkpoint.
+        CheckpointError: The file cannot be had, is damaged, holds code or unknown types, or is no checkpoint.
     """
-    checkpoint = _read_local(filename, map_location)
+    checkpoint = _read(filename, map_location)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f'{filename}: expected a checkpoint, which is a dict with the key state_dict or model or with tensors, '
@@ -78,40 +107,37 @@ def read_local(filename: str, map_location: str | torch.device | None = None) ->
     return checkpoint
 
 
-def _read_local(filename: str, map_location: str | torch.device | None) -> object:
-    path = os.path.expanduser(filename)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
-    return _read(path, filename, map_location)
-
-
-def load_from_http(filename: str, map_location: str | torch.device | None = None) -> object:
-    """Downloads and reads a file, with the errors and the layout that `register` describes.
-
-    The file stays in PyTorch's folder of downloads, see `mmspatialmamba.download`.
+def locate(filename: str) -> Path:
+    """Returns the local file of a path, an address or the name of a published model, downloaded if need be.
 
     Raises:
-        CheckpointError: The address cannot be read, or its file cannot, as in `load_from_local`.
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be downloaded.
     """
-    try:
-        path = download(filename)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f'{filename}: expected a checkpoint at this address, found none that can be read ({error}). Without a '
-            f'network, put the file there by hand: {cached(filename)}'
-        ) from error
-    where = f'. It lies at {path}: delete it to download it again'
-    try:
-        check_name(path)
-    except ValueError as error:
-        raise CheckpointError(
-            f'{filename}: expected an intact checkpoint, found another file: {error}{where}'
-        ) from error
-    return _present(_read(str(path), filename, map_location, where), filename)
+    scheme = filename.partition('://')[0] if '://' in filename else None
+    if scheme in SCHEMES:
+        try:
+            return find_weights(find_model(filename))
+        except (KeyError, DownloadError) as error:
+            raise CheckpointError(error.args[0]) from error
+    if scheme in ('http', 'https'):
+        try:
+            return on_every_rank(partial(download, filename))
+        except DownloadError as error:
+            raise CheckpointError(
+                f'{filename}: expected a checkpoint at this address, found none that can be read ({error}). Without a '
+                f'network, put the file there by hand: {cached(filename)}'
+            ) from error
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'{filename}: expected a checkpoint file, found no such file')
+    return path
 
 
-def _read(path: str, shown: str, map_location: str | torch.device | None, where: str = '') -> object:
-    """Reads a file; its errors begin with ``shown``, the file or its address, and end with ``where``."""
+def _read(filename: str, map_location: str | torch.device | None) -> object:
+    """Reads a file; its errors begin with its name and, where this is no path, end with its path."""
+    path = str(locate(filename))
+    where = f'. It lies at {path}: delete it to have it downloaded again' if '://' in filename else ''
     try:
         if path.endswith('.safetensors'):
             return _read_safetensors(path, map_location)
@@ -120,26 +146,33 @@ def _read(path: str, shown: str, map_location: str | torch.device | None, where:
             return weights_only.load(path, map_location)
     except pickle.UnpicklingError as error:
         raise ForbiddenContentError(
-            f'{shown}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
+            f'{filename}: expected a checkpoint of tensors and plain values, found one that is damaged or that holds '
             f'types or code which are not allowed ({error}){where}'
         ) from error
     except ModuleNotFoundError as error:
-        raise CheckpointError(f'{shown}: {error}, which reads such files: pip install {error.name}') from error
+        raise CheckpointError(f'{filename}: {error}, which reads such files: pip install {error.name}') from error
     except Exception as error:
         raise CheckpointError(
-            f'{shown}: expected a checkpoint written by torch.save or safetensors, found a file that cannot be read, '
-            f'truncated or damaged perhaps ({type(error).__name__}: {error}){where}'
+            f'{filename}: expected a checkpoint written by torch.save or safetensors, found a file that cannot be '
+            f'read, truncated or damaged perhaps ({type(error).__name__}: {error}){where}'
         ) from error
 
 
+NOTES = 'mmspatialmamba'
+"""Where a safetensors file of `tools/convert_checkpoint.py` holds what stands beside the tensors, as JSON."""
+
+
 def _read_safetensors(path: str, map_location: str | torch.device | None) -> dict:
-    """Reads tensors, and the meta data that `tools/convert_checkpoint.py` writes beside them."""
+    """Reads tensors, and the meta data and the modules' versions that `tools/convert_checkpoint.py` writes."""
     from safetensors import safe_open  # not required by this package
 
     with safe_open(path, framework='pt') as file:
-        weights = {name: file.get_tensor(name).to(map_location or 'cpu') for name in file.keys()}  # noqa: SIM118
-        meta = (file.metadata() or {}).get('meta')
-    return {'meta': json.loads(meta), 'state_dict': weights} if meta else weights
+        names = file.keys()
+        weights = OrderedDict((name, file.get_tensor(name).to(map_location or 'cpu')) for name in names)
+        notes = json.loads((file.metadata() or {}).get(NOTES, '{}'))
+    if 'versions' in notes:
+        weights._metadata = OrderedDict(notes['versions'])
+    return {'meta': notes['meta'], 'state_dict': weights} if 'meta' in notes else weights
 
 
 def check_sums(path: str) -> None:
@@ -169,7 +202,8 @@ def _present(checkpoint: object, filename: str) -> object:
         others = {} if weights is checkpoint else checkpoint
         weights = unwrap(weights)
         if table.is_official(weights):
-            weights = OrderedDict(table.to_toolbox(*entry) for entry in weights.items())
+            renamed = ((table.to_toolbox(name), value) for name, value in weights.items())
+            weights = OrderedDict((name, table.to_own_value(name, value)) for name, value in renamed)
         checkpoint = {key: value for key, value in others.items() if key != 'model'} | {'state_dict': weights}
     return _name_source(checkpoint, filename)
 

@@ -18,11 +18,12 @@ from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import get_weights, load_from_local
+from .checkpoint import get_weights
 from .models import Backbone
 from .models.fused import FusedBlock
 from .ops import scan_states, state_fusion
@@ -61,7 +62,7 @@ def build_model(config: Config, checkpoint: str | None = None, seed: int = 0) ->
 
     Args:
         config: Config of mmdet, mmseg or mmpretrain.
-        checkpoint: Checkpoint file, or None.
+        checkpoint: Checkpoint file, its address, the name of a published model, or None.
         seed: Seed of the random weights.
 
     Raises:
@@ -105,7 +106,7 @@ def _without_pretrained(value: object) -> object:
 
 
 def _load(model: nn.Module, checkpoint: str) -> None:
-    content = load_from_local(checkpoint, 'cpu')
+    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
     weights = get_weights(content)
     expected = f'{checkpoint}: expected the weights of this model'
     try:

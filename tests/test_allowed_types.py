@@ -1,6 +1,7 @@
 """What may stand beside the weights in a checkpoint, and what the error says of what may not."""
 
 import argparse
+import collections
 import os
 import pathlib
 import pickle
@@ -10,9 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmspatialmamba.checkpoint import CheckpointError
+from mmspatialmamba.checkpoint import CheckpointError, load_from_local
 
 
 def read_back(value, folder):
@@ -129,6 +132,42 @@ def test_the_error_does_not_advise_to_allow_what_runs_code(function, tmp_path, m
         read_back(RunsCode(function, 'open("executed", "w")'), tmp_path)
     assert 'add_safe_globals' not in str(error.value)
     assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('function', [os.system, eval, print], ids=lambda function: function.__name__)
+def test_nor_does_it_for_a_file_before_pytorch_1_6(function, tmp_path):
+    path = tmp_path / 'file.pth'
+    torch.save({'meta': RunsCode(function, '')}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=rf'not allowed .*{function.__name__}') as error:
+        load_from_local(str(path))
+    assert 'add_safe_globals' not in str(error.value)
+    torch.save({'meta': Settings(1)}, path, _use_new_zipfile_serialization=False)
+    line = rf'\({__name__}\.Settings; .*torch\.serialization\.add_safe_globals\(\[{__name__}\.Settings\]\)\)'
+    with pytest.raises(CheckpointError, match=line):
+        load_from_local(str(path))
+
+
+def test_the_error_never_advises_to_read_without_weights_only(tmp_path):
+    path = tmp_path / 'file.pth'
+    for value in (RunsCode(os.system, ''), collections.defaultdict(int, {1: 2}), Settings(1)):
+        for zipped in (False, True):
+            torch.save({'meta': value}, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(CheckpointError, match=r'file\.pth') as error:
+                load_from_local(str(path))
+            assert 'weights_only' not in str(error.value)
+
+
+@pytest.mark.parametrize('value', [frozenset({1}), slice(1, None), range(3)], ids=lambda value: type(value).__name__)
+def test_plain_values(value, tmp_path):
+    assert read_back(value, tmp_path) == value
+
+
+def test_the_metainfo_of_a_data_set_with_a_dict_of_its_own(tmp_path):
+    """MMEngine stores it as it is, with the config's dicts in it."""
+    config = Config({'metainfo': {'classes': ('a', 'b'), 'label_map': {'0': 1, 'of': [{'c': 2}]}}})
+    metainfo = BaseDataset(lazy_init=True, metainfo=config.metainfo, serialize_data=False).metainfo
+    assert type(metainfo['label_map']) is ConfigDict
+    assert read_back(metainfo, tmp_path) == metainfo
 
 
 def test_what_is_allowed_for_omegaconf_is_not_allowed_elsewhere(tmp_path):

@@ -282,6 +282,13 @@ FILES = {
     'missing images': (
         set_to('file_name', lambda entry: 'photos/' + entry['file_name'], 'images'), 'error',
         'image files do not exist', "there is no folder '.*photos'"),
+    'addresses': (
+        set_to('file_name', lambda entry: 'https://example.org/' + entry['file_name'], 'images'), 'error',
+        r"is an address, such as 'https://example\.org/", 'download the images'),
+    'copies': (
+        lambda content: content['annotations'].extend(
+            [{**entry, 'id': entry['id'] + 1000} for entry in content['annotations'][:2]]),
+        'warning', 'annotations repeat another one', 'delete the copies'),
     'backslashes': (
         set_to('file_name', lambda entry: 'x\\' + entry['file_name'], 'images'), 'error', 'not exist', '/ in place'),
     'another ending': (
@@ -629,7 +636,7 @@ MASKS = {
         lambda labels: np.array(with_palette(labels).convert('RGBA')), 'error', 'label maps are colour images', 'PNG'),
     '16 bits': (
         lambda labels: labels.astype(np.uint16) * 300, 'error', r'outside of 0 to 255 \(0 to [69]00\)', '8 bits'),
-    'empty': (lambda labels: labels * 0, 'error', "only 'background' occurs", 'look at the numbers'),
+    'empty': (lambda labels: labels * 0, 'error', "of 4 classes only 'background' occurs", 'look at the'),
     'ignored': (lambda labels: labels * 0 + 255, 'error', 'hold 255 alone', '255'),
     'without a class': (
         lambda labels: np.where(labels == 3, 0, labels), 'warning', "1 of 4 classes never occur: 'triangle'", 'add'),

@@ -11,18 +11,20 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
+import mmdet
 import numpy as np
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
 from families import FAMILIES, each_golden_set
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from tool_runner import load_tool
 
-from mmspatialmamba import SpatialMamba
-from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read_local
+from mmspatialmamba import SpatialMamba, swap_backbone
+from mmspatialmamba.checkpoint import CheckpointError, load_from_local, read
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
@@ -279,7 +281,7 @@ def test_safetensors_are_written_and_read_like_the_others(run, detector_file, tm
     written = run(detector_file, tmp_path / 'own.safetensors')
     assert written.name == f'own-{hashlib.sha256(written.read_bytes()).hexdigest()[:8]}.safetensors'
     assert run(detector_file, tmp_path / 'again' / 'own.safetensors').name == written.name
-    one, other = (read_local(str(path)) for path in (pickled, written))
+    one, other = (read(str(path)) for path in (pickled, written))
     assert one['meta'] == other['meta'] == {'epoch': 12}
     assert one['state_dict'].keys() == other['state_dict'].keys()
     assert all(torch.equal(tensor, other['state_dict'][name]) for name, tensor in one['state_dict'].items())
@@ -291,7 +293,7 @@ def test_safetensors_are_written_and_read_like_the_others(run, detector_file, tm
         assert torch.equal(backbone.stages[0].blocks[0].norm1.weight, expected)
     written.write_bytes(written.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=rf'{written.name}: expected a checkpoint written by'):
-        read_local(str(written))
+        read(str(written))
 
 
 def test_a_classifier_in_safetensors_loads_as_a_model_of_a_toolbox(run, tmp_path):
@@ -312,14 +314,26 @@ def test_safetensors_hold_no_more_than_tensors_and_json(tmp_path):
     palette = convert_checkpoint.save(
         {'state_dict': state, 'meta': {'palette': np.array([[1, 2, 3]], np.uint8)}}, tmp_path / 'x.safetensors'
     )
-    assert read_local(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+    assert read(str(palette))['meta'] == {'palette': [[1, 2, 3]]}
+
+
+def test_safetensors_keep_the_versions_of_modules(run, tmp_path):
+    """Without one, VFNet's head takes its own names for those of an early version and loads none of them."""
+    config = Config.fromfile(Path(mmdet.__file__).parent / '.mim/configs/vfnet/vfnet_r50_fpn_1x_coco.py')
+    config.model.backbone.init_cfg = None
+    config = swap_backbone(config, {'embed_dims': 16, 'depths': (1, 1, 1, 1)})
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        trained, model = MODELS.build(config.model), MODELS.build(config.model)
+    torch.save({'state_dict': trained.state_dict(), 'meta': {'epoch': 1}}, tmp_path / 'vfnet.pth')
+    load_checkpoint(model, str(run(tmp_path / 'vfnet.pth', tmp_path / 'vfnet.safetensors')), strict=True)
+    assert torch.equal(model.bbox_head.vfnet_cls.weight, trained.bbox_head.vfnet_cls.weight)
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     (tmp_path / 'x.safetensors').write_bytes(b'')
     with pytest.raises(CheckpointError, match=r'x\.safetensors: .*safetensors.*pip install safetensors'):
-        read_local(str(tmp_path / 'x.safetensors'))
+        read(str(tmp_path / 'x.safetensors'))
 
 
 def test_the_command_line():
@@ -360,10 +374,10 @@ def yacs_file(tmp_path, monkeypatch):
 
 
 def test_a_file_with_a_yacs_config_is_read(yacs_file, tmp_path):
-    config = read_local(str(yacs_file))['config']
+    config = read(str(yacs_file))['config']
     assert config == {'MODEL': {'NAME': 'tiny', 'DROP_PATH_RATE': 0.2}, 'TAG': ['a', 1, None]}
     assert load_from_local(str(yacs_file)).keys() == {'state_dict', 'optimizer', 'config', 'epoch'}
-    result = convert_checkpoint.convert(read_local(str(yacs_file)), names='official')
+    result = convert_checkpoint.convert(read(str(yacs_file)), names='official')
     assert_same_weights(result['model'], load(CLASSIFICATION)['model'])
 
 
@@ -375,7 +389,7 @@ def test_a_file_with_a_yacs_config_initializes_the_backbone(yacs_file):
 
 
 def test_yacs_is_allowed_in_the_readers_only(yacs_file):
-    read_local(str(yacs_file))
+    read(str(yacs_file))
     with pytest.raises(Exception, match=r'yacs\.config'):
         load(yacs_file)
 
@@ -390,5 +404,5 @@ def test_code_in_a_yacs_config_is_refused(tmp_path, monkeypatch):
     with yacs_installed(monkeypatch):
         torch.save({'model': {'a': torch.zeros(1)}, 'config': CfgNode({'a': RunsCode()})}, 'hostile.pth')
     with pytest.raises(CheckpointError, match='not allowed'):
-        read_local('hostile.pth')
+        read('hostile.pth')
     assert not (tmp_path / 'executed').exists()

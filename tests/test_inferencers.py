@@ -49,6 +49,17 @@ def test_det_inferencer_draws_and_reports(image, tmp_path):
     assert (tmp_path / 'out' / 'preds' / 'image.json').stat().st_size > 0
 
 
+def test_det_inferencer_takes_the_name_of_published_weights(image, tmp_path, monkeypatch):
+    from mmdet.apis import DetInferencer
+
+    config, checkpoint = random_checkpoint(tmp_path, 'quickstart_mask_rcnn.py')
+    Path(checkpoint).rename(tmp_path / 'mask_rcnn_sm_t.pth')
+    monkeypatch.setenv('MMSPATIALMAMBA_WEIGHTS', str(tmp_path))
+    inferencer = DetInferencer(config, 'spatialmamba://mask_rcnn_sm_t', device='cpu', show_progress=False)
+    expected = torch.load(tmp_path / 'mask_rcnn_sm_t.pth', weights_only=True)['state_dict']
+    assert all(torch.equal(value, expected[name]) for name, value in inferencer.model.state_dict().items())
+
+
 def test_mmseg_inferencer_draws_and_reports(image, tmp_path):
     from mmseg.apis import MMSegInferencer
 

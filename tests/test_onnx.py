@@ -29,6 +29,7 @@ from mmspatialmamba import SpatialMamba, VMamba, fuse, ops
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'export_onnx.py'
+load_tool('run_onnx')
 export_onnx = load_tool('export_onnx')
 
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -280,6 +281,17 @@ def run_tool(monkeypatch, *args):
         (('none.py', '--shape', 32, 64), '--shape: expected a height and a width of at least 33 pixels, got [32, 64]'),
         (('none.py', '--out', 'none/a.onnx'), '--out: expected a file in an existing folder, found no folder none'),
         ((ROOT / 'configs/quickstart_mask_rcnn.py', 'none.pth'), 'none.pth'),
+        (
+            (ROOT / 'configs/quickstart_mask_rcnn.py', '--part', 'head', '--check', 'a.jpg'),
+            '--check, --int8 and --max-detections are for whole detectors',
+        ),
+        ((ROOT / 'configs/quickstart_mask_rcnn.py', '--argmax'), 'expected a segmentor, found MaskRCNN'),
+        ((ROOT / 'configs/quickstart_mask_rcnn.py', '--check', 'none.jpg'), 'none.jpg: expected an image'),
+        (('none.py', '--max-detections', 0), '--max-detections: expected a positive number, got 0'),
+        (
+            (ROOT / 'configs/dino_sm_t.py',),
+            'values of a tensor, which no exporter follows; --part backbone and --part head',
+        ),
     ],
 )
 def test_bad_input_is_one_line(args, message, monkeypatch, capsys, tmp_path):
@@ -308,10 +320,15 @@ def test_tiny():
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
-    ('config', 'outputs'),
-    [('quickstart_mask_rcnn.py', 8), ('upernet_sm_t.py', 1), ('cls_sm_t.py', 1)],
+    ('config', 'options', 'outputs'),
+    [
+        ('quickstart_mask_rcnn.py', ['--part', 'head'], [f'dense_{index}' for index in range(8)]),
+        ('upernet_sm_t.py', [], ['logits']),
+        ('upernet_sm_t.py', ['--argmax'], ['labels']),
+        ('cls_sm_t.py', [], ['scores']),
+    ],
 )
-def test_tool_exports_models(config, outputs, monkeypatch, capsys, tmp_path):
+def test_tool_exports_models(config, options, outputs, monkeypatch, capsys, tmp_path):
     path = tmp_path / 'config.py'
     small = {'backbone': {'arch': {'_delete_': True, 'embed_dims': 24, 'depths': (1, 1, 1, 1)}}}
     if 'upernet' in config:
@@ -319,13 +336,13 @@ def test_tool_exports_models(config, outputs, monkeypatch, capsys, tmp_path):
     if 'cls' in config:
         small |= {'head': {'in_channels': 192}}
     path.write_text(f'_base_ = {str(ROOT / "configs" / config)!r}\nmodel = {small!r}\n')
-    run_tool(monkeypatch, path, '--out', tmp_path / 'model.onnx', '--shape', 64, 96)
+    run_tool(monkeypatch, path, *options, '--out', tmp_path / 'model.onnx', '--shape', 64, 96)
     printed = capsys.readouterr().out
-    differences = [float(line.rsplit(' ', 1)[1]) for line in printed.splitlines() if 'difference' in line]
+    differences = [float(line.rsplit(' ', 1)[1]) for line in printed.splitlines() if 'between' in line]
     assert len(differences) == 2
     assert np.max(differences) < export_onnx.TOLERANCE
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
-    assert len(session.get_outputs()) == outputs
+    assert [value.name for value in session.get_outputs()] == outputs
 
 
 @pytest.mark.end_to_end

@@ -197,15 +197,22 @@ def test_wheel_works_without_the_checkout(site, tmp_path):
     (tmp_path / 'own.py').write_text("_base_ = [__import__('mmspatialmamba').config_path('quickstart_mask_rcnn.py')]")
     code = (
         'import mmspatialmamba\n'
+        'from mmspatialmamba.published import find_model\n'
         'from mmengine.config import Config\n'
         'from mmengine.registry import MODELS, init_default_scope\n'
         'config = Config.fromfile("own.py")\n'
         'init_default_scope(config.default_scope)\n'
         'model = MODELS.build(config.model)\n'
-        'print(mmspatialmamba.__file__, type(model).__name__, type(model.backbone).__name__)'
+        'print(mmspatialmamba.__file__, type(model).__name__, type(model.backbone).__name__)\n'
+        'print(find_model("spatialmamba://mask_rcnn_sm_t").config)'
     )
     printed = run_outside(site, tmp_path, '-c', code)
-    assert printed.split() == [str(site / 'mmspatialmamba' / '__init__.py'), 'MaskRCNN', 'SpatialMamba']
+    assert printed.split() == [
+        str(site / 'mmspatialmamba' / '__init__.py'),
+        'MaskRCNN',
+        'SpatialMamba',
+        'mask_rcnn_sm_t.py',
+    ]
 
 
 def test_sdist_holds_what_a_build_needs(distributions):

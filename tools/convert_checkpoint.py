@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmspatialmamba.checkpoint import CheckpointError, get_weights, read_local, unwrap
+from mmspatialmamba.checkpoint import NOTES, CheckpointError, get_weights, read, unwrap
 from mmspatialmamba.checkpoint_names import BACKBONE_PREFIX, TABLES, NameTable
 
 
@@ -111,7 +111,8 @@ def to_own_names(weights: dict, table: NameTable) -> OrderedDict:
         return name, table.to_own_value(name, value)
 
     if classifier:
-        weights = dict(table.to_toolbox(*entry) for entry in weights.items())
+        renamed = ((table.to_toolbox(name), value) for name, value in weights.items())
+        weights = {name: table.to_own_value(name, value) for name, value in renamed}
     if any(name.startswith(BACKBONE_PREFIX) for name in weights):
         return rename_backbone(weights, to_own)
     return OrderedDict(to_own(*entry) for entry in weights.items())
@@ -192,7 +193,7 @@ def convert(
     """Converts the content of a checkpoint file.
 
     Args:
-        checkpoint: Content, as `mmspatialmamba.checkpoint.read_local` gives it.
+        checkpoint: Content, as `mmspatialmamba.checkpoint.read` gives it.
         names: 'own' or 'official'.
         kind: Weights to take, see `select_weights`.
         backbone: Whether to keep the backbone alone.
@@ -228,7 +229,7 @@ def to_pickle(checkpoint: dict) -> bytes:
 
 
 def to_safetensors(checkpoint: dict) -> bytes:
-    """Returns the content of a ``.safetensors`` file, which holds the meta data as JSON.
+    """Returns the content of a ``.safetensors`` file, which holds the meta data and the modules' versions as JSON.
 
     Raises:
         ConversionError: The checkpoint holds what such a file cannot.
@@ -249,9 +250,12 @@ def to_safetensors(checkpoint: dict) -> bytes:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ConversionError(f'expected tensors only, found a {type(value).__name__} as {name}: write .pth')
+    notes = {'meta': checkpoint['meta']} if 'meta' in checkpoint else {}
+    if hasattr(weights, '_metadata'):  # by which heads recognize old names
+        notes['versions'] = weights._metadata
     # One entry alone: their order in the file is not fixed.
-    notes = {'meta': json.dumps(checkpoint['meta'], default=plain)} if 'meta' in checkpoint else {'format': 'pt'}
-    return serialize({name: value.clone().contiguous() for name, value in weights.items()}, notes)
+    entry = {NOTES: json.dumps(notes, default=plain)} if notes else {'format': 'pt'}
+    return serialize({name: value.clone().contiguous() for name, value in weights.items()}, entry)
 
 
 def save(checkpoint: dict, target: Path) -> Path:
@@ -283,7 +287,7 @@ def main() -> None:
     if args.in_channels is not None and args.in_channels < 1:
         parser.error(f'argument --in-channels: expected at least 1, got {args.in_channels}')
     try:
-        source = read_local(args.source, map_location='cpu')
+        source = read(args.source, map_location='cpu')
         result = convert(source, args.names, args.weights, args.backbone, args.in_channels, args.bgr)
         path = save(result, args.target)
     except ConversionError as error:

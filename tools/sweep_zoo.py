@@ -55,7 +55,7 @@ MMPretrain, and with `backbone='VMamba'` VMamba:
 from mmengine.config import Config
 from mmspatialmamba import swap_backbone
 
-cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pretrained='checkpoints/FILE')
+cfg = swap_backbone(Config.fromfile('atss_r50_fpn_1x_coco.py'), arch='tiny', pretrained='spatialmamba://cls_sm_t')
 cfg.dump('atss_sm_t.py')
 ```
 
@@ -271,7 +271,7 @@ def main() -> None:
         minutes = (time.monotonic() - start) / 60
         measured = (
             f'Measured with {args.backbone} {time.strftime("%Y-%m-%d", time.gmtime())}, PyTorch {torch.__version__}, '
-            f'mmengine {importlib.metadata.version("mmengine")}, {args.jobs} processes, {minutes:.0f} minutes.'
+            f'mmengine {importlib.metadata.version("mmengine")}, processes: {args.jobs}, minutes: {minutes:.0f}.'
         )
         text = '\n'.join([INTRODUCTION, measured, '', '\n\n'.join(as_markdown(*item) for item in results.items())])
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ model = dict(
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
-        # The published runs start from ImageNet-1K weights, which have to be downloaded by hand (see the README):
-        # --cfg-options model.backbone.pretrained=checkpoints/FILE
+        # The published runs start from ImageNet-1K weights (pip install "gdown>=6.5"):
+        # --cfg-options model.backbone.pretrained=spatialmamba://cls_sm_t
         pretrained=None,
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),

@@ -9,7 +9,8 @@ model = dict(
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
-        # The published runs start from ImageNet-1K weights: --cfg-options model.backbone.pretrained=checkpoints/FILE
+        # The published runs start from ImageNet-1K weights:
+        # --cfg-options model.backbone.pretrained=spatialmamba://cls_sm_t
         pretrained=None,
     ),
     decode_head=dict(in_channels=[64, 128, 256, 512], num_classes=150),

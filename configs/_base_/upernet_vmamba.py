@@ -9,7 +9,8 @@ model = dict(
         arch='tiny',
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.2,
-        # The published runs start from ImageNet-1K weights: --cfg-options model.backbone.pretrained=FILE
+        # The published runs start from ImageNet-1K weights:
+        # --cfg-options model.backbone.pretrained=vmamba://cls_vmamba_t
         pretrained=None,
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768], num_classes=150),

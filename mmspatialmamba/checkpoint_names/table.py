@@ -80,7 +80,8 @@ class NameTable:
         """Returns the value of a published entry in the shape that it has here.
 
         Args:
-            name: Own name, without the prefix of the backbone, or name in the model of a toolbox.
+            name: Own name, without the prefix of the backbone, or that of a classifier's head in a model of a toolbox;
+                values of other names are returned unchanged.
             value: Tensor, or whatever else a state dict holds.
         """
         if not isinstance(value, torch.Tensor):
@@ -99,13 +100,10 @@ class NameTable:
     def _parts(self, name: str) -> int | None:
         return next((parts for pattern, parts in self._stacked.items() if pattern.match(name)), None)
 
-    def to_toolbox(self, name: str, value: object) -> tuple[str, object]:
-        """Returns where an entry of a published classifier, which has no prefix, lies in a model of a toolbox.
-
-        Names and values of the backbone stay as they are, under its prefix.
-        """
+    def to_toolbox(self, name: str) -> str:
+        """Returns where a parameter of a published classifier, which has no prefix, lies in a model of a toolbox."""
         renamed = _rename(name, [self._head])
-        return (BACKBONE_PREFIX + name, value) if renamed == name else (renamed, self.to_own_value(renamed, value))
+        return BACKBONE_PREFIX + name if renamed == name else renamed
 
     def from_toolbox(self, name: str) -> str:
         """Returns the name without prefix of a classifier's parameter: the inverse of `to_toolbox`."""

@@ -88,15 +88,14 @@ def check_coco(
         evaluated: Whether COCO's evaluation reads the file, which wants ``iscrowd`` too.
 
     Returns:
-        Ids of images that must not be loaded: drawing their polygons would take all memory.
+        Ids of images that must not be loaded: they have no path, or drawing their polygons would take all memory.
     """
     complete = _check_entries(content, findings, evaluated)
     if not _check_ids(content, findings, evaluated) or not complete:
         return set()
     if classes is not None:
         _check_names(content, findings, classes, own_classes)
-    _check_images(content['images'], findings)
-    return _check_annotations(content, findings, masks)
+    return _check_images(content['images'], findings) | _check_annotations(content, findings, masks)
 
 
 def _check_entries(content: dict, findings: Findings, evaluated: bool) -> bool:
@@ -238,7 +237,8 @@ def _hashable(annotation: dict) -> bool:
     return not isinstance(annotation.get('category_id'), (list, dict))
 
 
-def _check_images(images: list[dict], findings: Findings) -> None:
+def _check_images(images: list[dict], findings: Findings) -> set:
+    """Checks sizes and names; returns the ids of images that have an address for a name."""
     sizes = [image for image in images if not all(_is_size(image[key]) for key in ('height', 'width'))]
     if sizes:
         image = sizes[0]
@@ -255,6 +255,14 @@ def _check_images(images: list[dict], findings: Findings) -> None:
             f'file_name of {len(odd)} of {len(images)} images is no text, such as {odd[0]!r}',
             'write the name of the image file, from the folder of data_prefix on',
         )
+    remote = [image for image in images if str(image['file_name']).startswith(('http://', 'https://'))]
+    if remote:
+        findings.add(
+            ERROR,
+            f'file_name of {len(remote)} of {len(images)} images is an address, such as {remote[0]["file_name"]!r}, '
+            'which MMDetection takes for a path',
+            'download the images, and write their names in the folder of data_prefix',
+        )
     names = Counter(str(image['file_name']) for image in images)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
@@ -264,6 +272,7 @@ def _check_images(images: list[dict], findings: Findings) -> None:
             + listed(repeated),
             'list each file once, and give all of its annotations that image_id',
         )
+    return {image['id'] for image in remote}
 
 
 def _is_size(value: object) -> bool:
@@ -282,7 +291,12 @@ def _check_annotations(content: dict, findings: Findings, masks: bool) -> set:
     }
     categories = {repr(category['id']) for category in content['categories']}
     faults = defaultdict(list)
+    seen = set()
     for annotation in annotations:
+        place = repr([annotation[key] for key in ('image_id', 'category_id', 'bbox')])
+        if place in seen:
+            faults['copy'].append(annotation)
+        seen.add(place)
         size = sizes.get(repr(annotation['image_id']))
         if size is None:
             faults['image'].append(annotation)
@@ -375,6 +389,11 @@ FAULTS = {
         None,
         f'have a box that reaches beyond the image by more than {BOX_TOLERANCE:.0f} pixels',
         'correct the boxes [left, top, width, height]: is the image another size than when it was labelled?',
+    ),
+    'copy': (
+        WARNING,
+        'repeat another one (image, category and box), and of two objects in one place one is never found',
+        'delete the copies: files that were put together, or an export that was added to itself?',
     ),
     'no mask': (
         ERROR,

@@ -231,7 +231,7 @@ class LabelMapChecks:
             only = next(name for index, name in enumerate(self.classes) if self.pixels[index])
             findings.add(
                 ERROR,
-                f'only {only!r} occurs: of {len(self.classes)} classes: there is nothing to learn',
+                f'of {len(self.classes)} classes only {only!r} occurs: there is nothing to learn',
                 f'look at the numbers in the label maps ({listed(sorted(self.raw))}): {PAGE}',
             )
         elif absent:

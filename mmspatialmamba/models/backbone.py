@@ -16,6 +16,7 @@ from ..checkpoint import Source
 from ..checkpoint_names import BACKBONE_PREFIX, NameTable, find_table
 from ..load_report import fit_state_dict
 from ..ops.compat import OutOfMemoryError
+from ..published import published_models
 
 
 class Stage(nn.Module):
@@ -68,7 +69,8 @@ class Backbone(BaseModule):
         norm_eval: Whether every BatchNorm stays in evaluation mode in training. Otherwise one does whose parameters
             were frozen while others of the backbone train: an adapter's file would not hold its statistics.
         with_cp: Whether blocks are computed again in backward to save memory (non-reentrant checkpointing).
-        pretrained: Path of a checkpoint, short for ``init_cfg=dict(type='Pretrained', checkpoint=…)``.
+        pretrained: Checkpoint, short for ``init_cfg=dict(type='Pretrained', checkpoint=…)``: its path, its address, or
+            the name of a published model, such as ``spatialmamba://cls_sm_t``.
         init_cfg: MMEngine's initialization config. Initial values are set by the constructor; the published
             classification and detection files load as they are.
 
@@ -92,6 +94,9 @@ class Backbone(BaseModule):
 
     CORE_OP: ClassVar[str]
     """Op of ``torch.ops.mmspatialmamba`` that each block calls once."""
+
+    PUBLISHED: ClassVar[str] = ''
+    """Name of the published ImageNet weights, with ``{arch}`` for the first letter of the architecture's name."""
 
     STRIDES = (4, 8, 16, 32)
     """Stride of each stage's map."""
@@ -237,12 +242,23 @@ class Backbone(BaseModule):
     def init_weights(self) -> None:
         """Loads the checkpoint of ``init_cfg``, or says that there is none; called by MMEngine before training."""
         if not self.init_cfg:
+            published = self._published_weights()
+            recipe = f' The published recipe: pretrained={published!r}.' if published else ''
             print_log(
                 f'{self._name}: no init_cfg, so the backbone starts from random weights unless load_from or resume '
-                'gives others.',
+                f'gives others.{recipe}',
                 logger='current',
             )
         super().init_weights()
+
+    def _published_weights(self) -> str | None:
+        """Returns the name of the published ImageNet weights of this architecture and three image channels, or None."""
+        letters = (name[0] for name in self.ARCHITECTURES)
+        letter = next((letter for letter in letters if self._parse_arch(letter) == self.arch), None)
+        if letter is None or self.in_channels != 3:
+            return None
+        name = self.PUBLISHED.format(arch=letter)
+        return name if name in published_models() else None
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Sets the mode, keeps frozen parts, and BatchNorm as ``norm_eval`` says, in evaluation mode."""

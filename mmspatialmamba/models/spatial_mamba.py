@@ -38,6 +38,7 @@ class SpatialMamba(Backbone):
     }
     NAMES = SPATIAL_MAMBA
     CORE_OP = 'structure_aware_ssm'
+    PUBLISHED = 'spatialmamba://cls_sm_{arch}'
 
     def __init__(self, arch: str | dict = 'tiny', *, fused: bool = False, **arguments):
         if not isinstance(fused, bool):

@@ -16,7 +16,7 @@ from ..checkpoint_names import VMAMBA
 from ..ops import selective_scan
 from ..registry import MODELS
 from .backbone import Backbone
-from .layers import MLP, DepthwiseConv, DropPath, LayerNorm, draw_linear, draw_step_size
+from .layers import GELU, MLP, DepthwiseConv, DropPath, LayerNorm, draw_linear, draw_step_size
 
 
 class VMambaStem(nn.Module):
@@ -32,7 +32,7 @@ class VMambaStem(nn.Module):
         half = channels // 2
         self.conv1 = nn.Conv2d(in_channels, half, 3, 2, 1)
         self.norm1 = LayerNorm(half)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.conv2 = nn.Conv2d(half, channels, 3, 2, 1)
         self.norm2 = nn.LayerNorm(channels)  # float32 under autocast on a GPU, and so the sums of the blocks
 
@@ -166,6 +166,7 @@ class VMamba(Backbone):
     }
     NAMES = VMAMBA
     CORE_OP = 'selective_scan'
+    PUBLISHED = 'vmamba://cls_vmamba_{arch}'
 
     @classmethod
     def _parse_arch(cls, arch: str | dict) -> dict:
