@@ -18,8 +18,7 @@ class LoadReport:
         missing: Names of the backbone's entries that the state dict lacks.
         unexpected: Names in the state dict that the backbone lacks, as given.
         mismatched: Names whose shape differs, with both shapes.
-        is_incomplete: Whether the state dict is in the published layout and lacks more than output norms, which a
-            classifier's has not: it is damaged, or of another size.
+        is_published: Whether the state dict is in the published layout of the backbone.
     """
 
     expected: int
@@ -27,7 +26,7 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
-    is_incomplete: bool
+    is_published: bool
 
     @property
     def absent(self) -> bool:
@@ -103,8 +102,7 @@ def fit_state_dict(
     names = dict.fromkeys(prefix + name for name in own)
     missing = [name for name in names if name not in given and not name.endswith('num_batches_tracked')]
     unexpected = [name for renamed, name in given.items() if renamed not in names] + outside
-    lacks_layers = any(not name.removeprefix(prefix).startswith(NameTable.NORMS) for name in missing)
-    return LoadReport(len(own), matched, missing, unexpected, mismatched, is_published and lacks_layers)
+    return LoadReport(len(own), matched, missing, unexpected, mismatched, is_published)
 
 
 def _kind(value: object) -> tuple[int, ...] | str:

@@ -201,3 +201,12 @@ def test_a_published_file_that_lacks_a_layer_is_refused(family):
     larger = family.backbone({**family.arch, 'depths': (1, 1, 3, 1)})
     with pytest.raises(RuntimeError, match='tensors matched'):
         larger.load_state_dict(official_detector(family), strict=False)
+
+
+@each_family
+def test_what_was_added_to_a_model_may_be_missing_in_a_published_file(family):
+    model = family.build()
+    model.stages[0].blocks[0].mlp.adapter = torch.nn.Linear(2, 2)
+    assert model.load_state_dict(official_detector(family), strict=False).missing_keys == [
+        f'stages.0.blocks.0.mlp.adapter.{name}' for name in ('weight', 'bias')
+    ]

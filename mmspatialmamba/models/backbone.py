@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Source
 from ..checkpoint_names import BACKBONE_PREFIX, NameTable, find_table
-from ..load_report import fit_state_dict
+from ..load_report import LoadReport, fit_state_dict
 from ..ops.compat import OutOfMemoryError
 from ..published import published_models
 
@@ -368,7 +368,7 @@ class Backbone(BaseModule):
         # MMEngine only logs what does not fit, and a wrong file must not start a training from random weights.
         # A file of the backbone alone, or of nothing, has nothing for the rest of a model either.
         nothing = not prefix or (source is not None and (not source.names or self.NAMES.is_own(source.names)))
-        if (not report.matched and (nothing or not report.absent)) or report.is_incomplete:
+        if (not report.matched and (nothing or not report.absent)) or self._is_incomplete(report, prefix):
             raise RuntimeError(f'{subject} {report.describe()}')
         if report.absent:
             print_log(
@@ -382,6 +382,19 @@ class Backbone(BaseModule):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _is_incomplete(self, report: LoadReport, prefix: str) -> bool:
+        """Returns whether a published file lacks what this architecture has: it is damaged, or of another size.
+
+        Output norms, which a classifier's file has not, may be missing, and so may what somebody added to the model.
+        """
+        missing = {name.removeprefix(prefix) for name in report.missing}
+        missing = {name for name in missing if not name.startswith(self.NAMES.NORMS)}
+        if not (report.is_published and missing):
+            return False
+        built_in = next(cls for cls in type(self).__mro__ if 'ARCHITECTURES' in vars(cls))
+        with torch.device('meta'):
+            return not missing.isdisjoint(built_in(self.arch, out_indices=self.out_indices).state_dict())
 
     def _refuse_other_networks(self, state_dict: Mapping, prefix: str, subject: str) -> None:
         """Raises a RuntimeError if what a state dict holds for this backbone are another network's weights.
