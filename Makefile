@@ -40,6 +40,7 @@ $(VENV)/.torch: requirements/build.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements/build.txt
 	$(BIN)/pip install "$(TORCH)" "numpy<2.3"
+	$(BIN)/python -c "import triton" || $(BIN)/pip install triton==3.6.0  # which a CPU build of PyTorch lacks
 	touch $@
 
 # The package alone; the kernels below are compiled in place, so that ninja compiles again what has changed only.
@@ -57,7 +58,6 @@ $(VENV)/.complete: $(filter-out requirements/build.txt,$(wildcard requirements/*
 	$(BIN)/python -m mmspatialmamba.install_mmcv
 	$(BIN)/pip install --no-build-isolation -r requirements/openmmlab.txt -r requirements/mim.txt \
 		-r requirements/test.txt -r requirements/docs.txt -r requirements/export.txt
-	$(BIN)/python -c "import triton" || $(BIN)/pip install triton==3.6.0  # which a CPU build of PyTorch lacks
 	$(BIN)/pip install --no-deps openmim==0.3.9
 	$(BIN)/pip install --no-deps --upgrade --target $(VENV)/torchvision $(TORCHVISION)
 	$(BIN)/python -m mmspatialmamba

@@ -15,3 +15,5 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 256, 512]),
 )
+
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # the base lacks enable, which --auto-scale-lr asks for

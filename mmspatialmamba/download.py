@@ -173,4 +173,6 @@ def _download_from_drive(address: str, folder: Path) -> Path:
             return Path(gdown.download(id=drive_id(address), output=f'{folder}/', resume=True, timeout=60, retries=2))
         except gdown.DownloadError as error:
             refused = 'Google Drive does not give the file out: ' * isinstance(error, gdown.FileURLRetrievalError)
-            raise DownloadError(refused + ' '.join(str(error).split())) from error
+            parts = ', '.join(str(part) for part in folder.glob('*.part'))
+            begun = f' (unfinished, delete it to begin anew: {parts})' if parts else ''
+            raise DownloadError(f'{refused}{" ".join(str(error).split())}{begun}') from error

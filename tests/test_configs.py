@@ -231,6 +231,14 @@ def test_scaling_the_rate_leaves_one_that_fits_one_gpu(path, rate_of):
     assert {group['lr'] for group in optimizer.param_groups} == {config.optim_wrapper.optimizer.lr}
 
 
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
+def test_every_config_can_scale_its_rate(path):
+    """mmdet's --auto-scale-lr refuses a config that lacks one of the two keys."""
+    rule = Config.fromfile(path).auto_scale_lr
+    assert rule.enable is False
+    assert rule.base_batch_size > 0
+
+
 @each_name
 def test_mask_rcnn_1x_is_the_published_recipe(name):
     config = Config.fromfile(CONFIGS / f'mask_rcnn_{name}_t.py')

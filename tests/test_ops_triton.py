@@ -94,6 +94,7 @@ CHECKS = {
         'orders: a carry lost at a chunk border is seen',
         'orders: an adjoint carry lost at a chunk border is seen',
         'orders: a way in the wrong direction is seen',
+        'orders: offsets beyond 2^31',
     ),
     'fusion': (
         'fusion: two runs, same bits',

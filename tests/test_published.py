@@ -205,6 +205,17 @@ def test_an_interrupted_download_goes_on_in_the_next_call(large, tmp_path):
     assert [path.name for path in downloaded(tmp_path)] == [ORIGINAL_NAME]
 
 
+def test_an_unfinished_download_that_cannot_go_on_is_named(drive, tmp_path):
+    """The file has changed since, or all of it is there, so the server has nothing to add."""
+    folder = download.cached(PAGE)
+    folder.mkdir(parents=True)
+    part = folder / f'{ORIGINAL_NAME}12345678.part'
+    part.write_bytes(PUBLISHED_FILE.read_bytes())
+    assert f'unfinished, delete it to begin anew: {part}' in refusal()
+    part.unlink()
+    assert_loads()
+
+
 def test_a_damaged_download_is_named_by_its_path(drive, tmp_path):
     assert_loads()
     (path,) = downloaded(tmp_path)

@@ -216,6 +216,7 @@ def orders_cases():
     triton_orders._ways = _ways_forwards
     checks['orders: a way in the wrong direction is seen'] = compare(op, *arguments)['y'] > 1e-2
     triton_orders._ways = ways
+    orders_offset_case()
 
 
 @triton.jit
@@ -610,6 +611,44 @@ def _far_scan_kernel(
         u_ptr - first_map, dt_ptr - first_token, B_ptr - first_token, weight_ptr, A_ptr, A_ptr, start_ptr - place,
         h_ptr - first_map, L, length, stride_n, stride_n, E, STRIDE, STRIDE, 1, BLOCK_E, GROUP,
     )  # fmt: skip
+
+
+@triton.jit
+def _far_orders_kernel(
+    u_ptr, dt_ptr, B_ptr, C_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, y_ptr, N, H, W, E, stride_n,
+    first_map, first_token, place, STRIDE: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    triton_orders.orders_scan_kernel(
+        u_ptr - first_map, dt_ptr - first_token, B_ptr - first_token, C_ptr - first_token, weight_ptr, bias_ptr, A_ptr,
+        D_ptr, start_ptr - place, y_ptr - first_map, N, H, W, E, 1, 1, 0, stride_n, STRIDE, STRIDE, stride_n, STRIDE,
+        STRIDE, stride_n, STRIDE, STRIDE, (2,), 16, TILE, BLOCK_E,
+    )  # fmt: skip
+
+
+def orders_offset_case():
+    """The same for the scan in an order by rows, which are one tile wide."""
+    T, E, n, H, row, block = 4, 1024, 3, 2**22, 2**19, 5
+    u, y, start, steps = torch.randn(T * T, E), torch.zeros(T * T, E), torch.randn(T, E), torch.randn(T * T, 40)
+    weight, bias, A, D = torch.randn(E), torch.randn(E), -torch.rand(E), torch.randn(E)
+    line = n * H + row * T
+    far_map, far_token = line * T * E, line * T * 40
+    with program((n * H // T + row) * (E // 16) + block):
+        _far_orders_kernel[(1,)](
+            u, steps, steps[:, 1:], steps[:, 2:], weight, bias, A, D, start, y, n + 1, H, T, E, H * T * 40, far_map,
+            far_token, line * E, STRIDE=40, TILE=T, BLOCK_E=16,
+        )  # fmt: skip
+    wanted = []
+    for i in range(T):
+        state = start[i].double()
+        for t in range(i * T, i * T + T):
+            delta = torch.nn.functional.softplus(steps[t, 0] * weight + bias).double()
+            state = torch.exp(delta * A) * state + delta * steps[t, 1] * u[t]
+            wanted.append(state * steps[t, 2] + D * u[t])
+    own = slice(block * 16, block * 16 + 16)
+    assert min(far_map, far_token, line * E) > 2**31 > line
+    checks['orders: offsets beyond 2^31'] = bool(
+        relative_error(y[:, own].double(), torch.stack(wanted)[:, own]) < 1e-6 and y.count_nonzero() == T * T * 16
+    )
 
 
 @triton.jit

@@ -127,16 +127,21 @@ def export_detector(args: argparse.Namespace, config, model: nn.Module) -> None:
         target = args.out.with_name(f'{args.out.stem}_int8.onnx')
         quantize(args.out, target, (prepare_image(run_onnx.read_image(image))[0] for image in calibration))
         print(f'wrote {target}, calibrated on {len(calibration)} images')
-    if not images:
+    if images:
+        check_detections(args.out, config, model, images)
+    else:
         print('not compared with PyTorch: give images with --check')
-        return
-    agreement = compare_detections(args.out, config, model, images)
+
+
+def check_detections(path: Path, config, model: nn.Module, images: list[Path]) -> None:
+    """Prints how a file's detections agree with PyTorch's; exits if they do not, or if there are none to compare."""
+    agreement = compare_detections(path, config, model, images)
     print(f'{agreement.detections} detections in {len(images)} images, ONNX Runtime against PyTorch: {agreement}')
     if not agreement.detections:
-        sys.exit(f'{args.out}: expected detections to compare, found none in the images of --check')
+        sys.exit(f'{path}: expected detections to compare, found none in the images of --check')
     if not agreement.holds(**DETECTION_TOLERANCE):
         limits = ', '.join(f'{name} {limit}' for name, limit in DETECTION_TOLERANCE.items())
-        sys.exit(f'{args.out}: expected the detections of PyTorch within {limits}, found {agreement}')
+        sys.exit(f'{path}: expected the detections of PyTorch within {limits}, found {agreement}')
 
 
 def limit_detections(model: nn.Module, count: int | None) -> None:

@@ -62,7 +62,7 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-auto_scale_lr = dict(base_batch_size=1024)
+auto_scale_lr = dict(enable=False, base_batch_size=1024)
 
 # Not custom_hooks, which a config that inherits this one would replace as a whole. BatchNorm's statistics are averaged
 # too, as in the original runs; by default they are copied.
