@@ -97,6 +97,8 @@ def _known() -> dict[str, object]:
     """What PyTorch's own restricted unpickler finds, what later versions find besides, and what is allowed."""
     dtypes = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     later = {'_codecs.encode': codecs.encode, 'collections.Counter': Counter, 'builtins.set': set}
+    later['torch._utils._rebuild_qtensor'] = torch._utils._rebuild_qtensor
+    later |= {str(scheme): scheme for scheme in (torch.per_tensor_affine, torch.per_channel_affine)}
     return {**torch._weights_only_unpickler._get_allowed_globals(), **dtypes, **later, **_allowed}
 
 

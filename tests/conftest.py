@@ -8,6 +8,7 @@ from mmspatialmamba.ops.compat import VERSION
 NEEDS = (
     # in the address of a test, one of its parameters, the PyTorch that it needs, what is missing before
     ('test_opcheck', None, (2, 4), 'torch.library.opcheck'),
+    ('test_no_bias_is_a_bias_of_zero', None, (2, 4), 'torch.library.opcheck'),
     ('test_mlp.py::test_compiles', None, (2, 2), 'dynamo of 2.1 does not know torch.promote_types'),
     ('test_ssm_layer.py::test_compiles', None, (2, 2), 'dynamo of 2.1 does not know torch.promote_types'),
     ('test_mlp.py', torch.float16, (2, 2), 'products in float16 on a CPU'),
