@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from mmspatialmamba.ops.backends import TRITON_OPS
-from mmspatialmamba.ops.library import NAMESPACE
+from mmspatialmamba.ops.library import NAMESPACE, REFERENCES
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +49,8 @@ class Launch:
 
 
 class Recorder(TorchDispatchMode):
-    """Records what reaches the dispatcher; the package's ops run as their Triton implementation does.
+    """Records what reaches the dispatcher; the package's ops run as on a GPU, by their Triton
+    implementation or, without one, by PyTorch's operators.
 
     Attributes:
         launches: What was launched, in order.
@@ -62,10 +63,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == NAMESPACE:
             name = func.name().partition('::')[2]
-            if name not in IMPLEMENTATIONS:
-                raise NotImplementedError(f'launch_report: {func} has no Triton kernels')
+            compute = IMPLEMENTATIONS[name][0] if name in IMPLEMENTATIONS else REFERENCES[name]
             with self:
-                return IMPLEMENTATIONS[name][0](*args)
+                return compute(*args)
         outputs = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not (func.is_view or name in FREE):
