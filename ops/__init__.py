@@ -1,4 +1,4 @@
-"""Ops of Spatial-Mamba, registered with PyTorch's dispatcher under ``torch.ops.mmspatialmamba``.
+"""Ops of Spatial-Mamba and VMamba, registered with PyTorch's dispatcher under ``torch.ops.mmspatialmamba``.
 
 Needs PyTorch only: a process that loads an exported program imports this, without MMEngine or a toolbox.
 """
