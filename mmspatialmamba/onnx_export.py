@@ -6,6 +6,7 @@ Each op's translation lies beside the op. Nothing depends on the exported size: 
 """
 
 import torch
+from onnxscript import ir
 from onnxscript import opset18 as op
 
 from .models.fused import FusedBlock
@@ -71,7 +72,7 @@ def export_onnx(model: torch.nn.Module, images: torch.Tensor, output_names: list
         raise ValueError('export_onnx: model must be in evaluation mode, got one in training mode')
     if any(isinstance(module, FusedBlock) for module in model.modules()):
         raise ValueError('export_onnx: model must be layered, got a fused one: call mmspatialmamba.unfuse(model) first')
-    return torch.onnx.export(
+    program = torch.onnx.export(
         model,
         (images,),
         dynamo=True,
@@ -81,3 +82,19 @@ def export_onnx(model: torch.nn.Module, images: torch.Tensor, output_names: list
         input_names=['image'],
         output_names=output_names,
     )
+    _rename_apart(program.model.graph)
+    return program
+
+
+def _rename_apart(graph: ir.Graph) -> None:
+    """Gives other names to values inside a graph that have the name of an input or output, which runtimes refuse.
+
+    PyTorch 2.13 names the outputs without looking at the rest.
+    """
+    ends = (*graph.inputs, *graph.outputs)
+    taken = {value.name for value in ends}
+    inside = [value for node in graph.all_nodes() for value in node.outputs if value not in ends]
+    inside += [value for body in graph.subgraphs() for value in body.inputs]
+    for number, value in enumerate(inside):
+        if value.name in taken:
+            value.name = f'{value.name}_{number}_inside'

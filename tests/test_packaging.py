@@ -226,5 +226,5 @@ def test_mim_reads_the_metafile():
     from modelindex.load_model_index import load
 
     models = convert2df(load(str(ROOT / 'model-index.yml')))
-    assert len(models) == 11
+    assert len(models) == 22
     assert [name for name in models.index if not (ROOT / 'configs' / f'{name}.py').exists()] == []
