@@ -80,4 +80,4 @@ copybutton_exclude = '.linenos, .gp, .go'
 html_theme = 'furo'
 html_static_path = ['_static']
 html_css_files = ['tables.css']
-html_title = 'Spatial-Mamba for OpenMMLab'
+html_title = 'Spatial-Mamba and VMamba for OpenMMLab'

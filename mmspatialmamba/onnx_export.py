@@ -1,4 +1,4 @@
-"""Spatial-Mamba in standard ONNX operators, for `torch.onnx.export`; needs ``requirements/export.txt``.
+"""The backbones in standard ONNX operators, for `torch.onnx.export`; needs ``requirements/export.txt``.
 
 Each op's translation lies beside the op. Nothing depends on the exported size: batch, height and width stay dynamic.
 
