@@ -3,7 +3,8 @@
 What they move is little: forward 52 values per channel, backward 79. In PyTorch's functions that is 6 launches forward
 and 8 backward in each block, which a CPU takes longer to enqueue than a GPU to fuse the states.
 
-All arithmetic is float32. In backward a program takes all channels of a dilation, so that their sum needs no second launch.
+All arithmetic is float32. In backward a program takes all channels of a dilation: their sum needs no
+second launch.
 """
 
 import torch

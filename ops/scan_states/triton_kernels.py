@@ -571,7 +571,7 @@ class Scan:
         return delta
 
     def _projection_gradients(self, dpre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns partial sums of ddt, (any, N, L, R), and ddt_weight, (any, E, R), from the gradient before softplus."""
+        """Returns partial sums of ddt (any, N, L, R) and ddt_weight (any, E, R), from the gradient before softplus."""
         blocks, all_tiles = self._dot_blocks(), self._dot_tiles()
         tiles = max(1, blocks * all_tiles // DOT_PROGRAMS)
         ranges = ceil_div(all_tiles, tiles)
