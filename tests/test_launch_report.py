@@ -19,9 +19,9 @@ def passes():
     return launch_report.record_block(64, GRID, 2, drop_path_rate=0.1)
 
 
-@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 61, 2800)])
+@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 57, 2800)])
 def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
-    """At most so many launches and MiB: 34 and 1138 forward, 61 and 2747 backward were counted."""
+    """At most so many launches and MiB: 34 and 1138 forward, 57 and 2745 backward were counted."""
     assert len(passes[index]) <= launches, [launch.kernel for launch in passes[index]]
     assert sum(launch.bytes for launch in passes[index]) <= mib * MIB
 
@@ -38,6 +38,7 @@ def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
         ('gated_norm_backward_kernel', 1, 1),
         ('taps_kernel', 0, 1),
         ('taps_backward_kernel', 1, 1),
+        ('partial_sums_kernel', 1, 1),
     ],
 )
 def test_each_op_is_one_launch_forward_and_as_few_backward(passes, kernel, index, count):

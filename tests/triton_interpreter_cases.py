@@ -109,7 +109,8 @@ def shrink_blocks():
     triton_scan.DOT_BLOCK = (16, 32)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
-    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = (16, 8), 32, (2, 2)
+    triton_gated_norm.VALUES = triton_layer_norm.VALUES = 2
+    triton_conv.BLOCK_E, triton_conv.BLOCK_VALUES, triton_conv.BLOCK_H = 8, 32, (2, 2)
 
 
 def run(name, *arguments):

@@ -5,7 +5,7 @@ A program takes all channels of some tokens at a time, so that y and z are read 
 
 All arithmetic is float32. The sums over tokens leave each program as a partial sum in a place of its own and are added
 in a fixed order afterwards: no atomics, the same bits in every run. Token numbers are 64-bit. Block sizes and warps
-were chosen from what the compiler reports (nothing is spilled), not by trying others on a GPU.
+are the fastest of some that were tried on an H100.
 """
 
 import torch
@@ -15,8 +15,10 @@ import triton.language as tl
 from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import gated_norm_backward_reference, gated_norm_reference
 
-BLOCK_VALUES = 2048
-"""Values of a tile, if a token has no more; then 16 a thread."""
+BLOCK_VALUES = 1024
+"""Values of a tile, if a token has no more."""
+VALUES = 16
+"""Values of a thread."""
 TARGET_PROGRAMS = 1024
 """Programs of backward that are enough to fill a GPU; beyond, each takes several tiles: partial sums stay few."""
 
@@ -112,7 +114,7 @@ def _launch(y: torch.Tensor) -> tuple[int, dict[str, int]]:
     wide = triton.next_power_of_2(y.shape[-1])
     rows = max(1, BLOCK_VALUES // wide)
     tiles = ceil_div(y.shape[:-1].numel(), rows)
-    return tiles, {'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': 4 if wide <= BLOCK_VALUES else 8}
+    return tiles, {'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': max(BLOCK_VALUES, wide) // (32 * VALUES)}
 
 
 def gated_norm(y, z, weight, bias, eps) -> torch.Tensor:

@@ -5,7 +5,7 @@ A program takes all channels of some tokens at a time, so that x is read once an
 
 All arithmetic is float32. The sums over tokens leave each program as a partial sum in a place of its own and are added
 in a fixed order afterwards: no atomics, the same bits in every run. Token numbers are 64-bit. Block sizes and warps
-were chosen from what the compiler reports (nothing is spilled), not by trying others on a GPU.
+are the fastest of some that were tried on an H100.
 """
 
 import torch
@@ -15,8 +15,10 @@ import triton.language as tl
 from ..triton_backend import ceil_div, launch, register
 from .reference import layer_norm_backward_reference, layer_norm_reference
 
-BLOCK_VALUES = 2048
-"""Values of a tile, if a token has no more; then 16 a thread."""
+BLOCK_VALUES = 1024
+"""Values of a tile, if a token has no more."""
+VALUES = 16
+"""Values of a thread."""
 TARGET_PROGRAMS = 1024
 """Programs of backward that are enough to fill a GPU; beyond, each takes several tiles: partial sums stay few."""
 
@@ -105,7 +107,7 @@ def _launch(x: torch.Tensor) -> tuple[int, int, dict[str, int | bool]]:
     rows = max(1, BLOCK_VALUES // wide)
     tokens = x.numel() // E
     constants = {
-        'EXACT': wide == E, 'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': 4 if wide <= BLOCK_VALUES else 8,
+        'EXACT': wide == E, 'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': max(BLOCK_VALUES, wide) // (32 * VALUES),
         'num_stages': 1,
     }  # fmt: skip
     return tokens, ceil_div(tokens, rows), constants
