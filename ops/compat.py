@@ -21,9 +21,12 @@ def sharded_tensor() -> type[torch.Tensor]:
     return importlib.import_module(f'torch.distributed.{name}').DTensor
 
 
+_ONE_AUTOCAST = VERSION >= (2, 4)  # a comparison of versions takes longer than the query that it chooses
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Returns autocast's dtype on a type of device, None where autocast is off (2.4: one query for all devices)."""
-    if VERSION >= (2, 4):
+    if _ONE_AUTOCAST:
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None
     if device == 'cpu':
@@ -37,34 +40,3 @@ def register_fake(library: torch.library.Library, name: str, fake: Callable) -> 
         torch.library.register_fake(f'{library.ns}::{name}', fake, lib=library)
     else:
         library.impl(name, fake, 'Meta')
-
-
-def register_autograd(
-    library: torch.library.Library,
-    op: torch._ops.OpOverload,
-    backward: Callable,
-    setup_context: Callable | None = None,
-) -> None:
-    """Registers an op's derivative (2.4: torch.library.register_autograd)."""
-    if VERSION >= (2, 4):
-        torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
-        return
-
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    formula = {
-        'forward': staticmethod(forward),
-        'setup_context': staticmethod(setup_context or (lambda ctx, inputs, output: None)),
-        'backward': staticmethod(backward),
-    }
-    function = type(f'{op.name()}_derivative', (torch.autograd.Function,), formula)
-
-    def kernel(*args):
-        differentiated = torch.is_grad_enabled() and any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in args
-        )
-        return function.apply(*args) if differentiated else forward(*args)
-
-    library.impl(op, kernel, 'Autograd')

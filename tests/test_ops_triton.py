@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmspatialmamba.ops.layer_norm.reference import layer_norm_backward_reference, layer_norm_reference
-from mmspatialmamba.ops.library import REFERENCES
+from mmspatialmamba.ops.library import REFERENCES, overload
+from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from oracles import (
     GRIDS,
     SEQUENCE_LENGTHS,
     conv_arguments,
     fusion_weights,
     norm_arguments,
+    orders_arguments,
     relative_error,
     scan_inputs,
     ssm_arguments,
@@ -235,7 +238,7 @@ def register_failing(monkeypatch):
             return 'kernels'
 
         monkeypatch.setattr(triton_backend, 'LIBRARY', library)
-        monkeypatch.setattr(triton_backend, 'check_call', lambda *args: None)
+        monkeypatch.setitem(triton_backend.SHAPES, 'some_op', SimpleNamespace(check_again=lambda args: None))
         monkeypatch.setitem(triton_backend.REFERENCES, 'some_op', lambda *args: 'reference')
         monkeypatch.setattr(triton_backend, 'IMPLEMENTATIONS', {})
         triton_backend.register('some_op', kernels, None)
@@ -297,15 +300,15 @@ def check_on_gpu(op, arguments, dtype):
     """Compares an op and its gradients on the GPU with the reference in float64 on the CPU, twice, bit for bit."""
     from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 
-    function = getattr(torch.ops.mmspatialmamba, op)
-    backward = getattr(torch.ops.mmspatialmamba, f'{op}_backward')
+    backward_op = '_backward.'.join(op.split('.')) if '.' in op else f'{op}_backward'
+    function, backward = overload(op), overload(backward_op)
     here = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
     there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
     expected = IMPLEMENTATIONS[op][1](*here)
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     outputs = (function(*there), *backward(gradient.cuda(), *there))
     again = (function(*there), *backward(gradient.cuda(), *there))
-    wanted = (expected, *IMPLEMENTATIONS[f'{op}_backward'][1](gradient.double(), *here))
+    wanted = (expected, *IMPLEMENTATIONS[backward_op][1](gradient.double(), *here))
     for first, second, expected in zip(outputs, again, wanted, strict=True):
         assert torch.equal(first, second)
         assert first.shape == expected.shape
@@ -391,3 +394,14 @@ def test_taps_on_gpu(channels, dtype):
 @pytest.mark.parametrize('grid', [*GRIDS, (40, 70)])
 def test_core_on_gpu(grid, rank, dtype):
     check_on_gpu('structure_aware_ssm', ssm_arguments(grid, 40, rank, dtype=dtype), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', GPU_DTYPES)
+@pytest.mark.parametrize('states', [1, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize('names', [tuple(ORDERS)[:4], tuple(ORDERS)[4:]], ids=str)
+@pytest.mark.parametrize('grid', [*GRIDS, (40, 70)])
+def test_orders_on_gpu(grid, names, states, dtype):
+    arguments = orders_arguments(grid, 40, 3, len(names), states, dtype=dtype)
+    orders = [integer for name in names for integer in ORDERS[name](*grid)]
+    check_on_gpu('selective_scan.orders', (*arguments, orders), dtype)

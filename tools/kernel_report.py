@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import triton
+from mmspatialmamba.ops import partial_sums
 from mmspatialmamba.ops.backends import TRITON_OPS
 from mmspatialmamba.ops.selective_scan.orders import ORDERS
 from mmspatialmamba.ops.state_fusion.taps import RADIUS
@@ -40,7 +41,7 @@ from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = [importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS]
+MODULES = [partial_sums, *(importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS)]
 CORE, ORDERED = 'structure_aware_ssm', 'selective_scan'
 STAGES = {
     CORE: (((200, 320), 128, 4, 2), ((100, 160), 256, 8, 4), ((50, 80), 512, 16, 8), ((25, 40), 1024, 32, 4)),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import triton
+from mmspatialmamba.ops import partial_sums
 from mmspatialmamba.ops.backends import TRITON_OPS
 from mmspatialmamba.ops.library import NAMESPACE, REFERENCES
 from mmspatialmamba.ops.triton_backend import IMPLEMENTATIONS
@@ -102,7 +103,7 @@ class Autocast(TorchFunctionMode):
 @contextmanager
 def recorded_kernels(recorder: Recorder) -> Iterator[None]:
     """Replaces every Triton kernel that is launched by one that records it."""
-    modules = [importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS]
+    modules = [partial_sums, *(importlib.import_module(f'mmspatialmamba.ops.{op}.triton_kernels') for op in TRITON_OPS)]
     replaced = []
     try:
         for module in modules:

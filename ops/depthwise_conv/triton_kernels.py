@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import launch, register
+from ..triton_backend import ceil_div, launch, register
 from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
 
 BLOCK_H = (4, 2)
@@ -324,14 +324,14 @@ def _launch(shape: torch.Size, stride: int) -> tuple[int, int, int, dict[str, in
     rows = BLOCK_H[stride - 1]
     channels = wide if E % wide == 0 else narrow
     columns = BLOCK_VALUES // channels
-    blocks = triton.cdiv(E, channels)
-    all_tiles = N * triton.cdiv(triton.cdiv(H, stride), rows) * triton.cdiv(triton.cdiv(W, stride), columns)
+    blocks = ceil_div(E, channels)
+    all_tiles = N * ceil_div(ceil_div(H, stride), rows) * ceil_div(ceil_div(W, stride), columns)
     tiles = max(1, all_tiles * blocks // TARGET_PROGRAMS)
     constants = {
         'STRIDE': stride, 'EXACT': E % channels == 0, 'BLOCK_H': rows, 'BLOCK_W': columns, 'BLOCK_E': channels,
         'num_warps': NUM_WARPS, 'num_stages': 1,
     }  # fmt: skip
-    token_blocks = triton.cdiv(all_tiles, tiles)
+    token_blocks = ceil_div(all_tiles, tiles)
     return tiles, token_blocks, token_blocks * blocks, constants
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import launch, register, uniform_tokens
+from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import gated_norm_backward_reference, gated_norm_reference
 
 BLOCK_VALUES = 2048
@@ -111,7 +111,7 @@ def _launch(y: torch.Tensor) -> tuple[int, dict[str, int]]:
     """Returns the number of tiles of a map (N, H, W, E) and the constants of the kernels."""
     wide = triton.next_power_of_2(y.shape[-1])
     rows = max(1, BLOCK_VALUES // wide)
-    tiles = triton.cdiv(y.shape[:-1].numel(), rows)
+    tiles = ceil_div(y.shape[:-1].numel(), rows)
     return tiles, {'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': 4 if wide <= BLOCK_VALUES else 8}
 
 
@@ -135,7 +135,7 @@ def gated_norm_backward(dout, y, z, weight, bias, eps, with_out=False) -> tuple[
     out = torch.empty(y.shape if with_out else 0, dtype=y.dtype, device=y.device)
     all_tiles, constants = _launch(y)
     tiles = max(1, all_tiles // TARGET_PROGRAMS)
-    blocks = triton.cdiv(all_tiles, tiles)
+    blocks = ceil_div(all_tiles, tiles)
     N, L, E = z.shape
     sums = torch.empty(blocks, 2, E, dtype=torch.float32, device=y.device)
     launch(

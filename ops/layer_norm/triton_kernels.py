@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import launch, register
+from ..triton_backend import ceil_div, launch, register
 from .reference import layer_norm_backward_reference, layer_norm_reference
 
 BLOCK_VALUES = 2048
@@ -108,7 +108,7 @@ def _launch(x: torch.Tensor) -> tuple[int, int, dict[str, int | bool]]:
         'EXACT': wide == E, 'BLOCK_T': rows, 'BLOCK_E': wide, 'num_warps': 4 if wide <= BLOCK_VALUES else 8,
         'num_stages': 1,
     }  # fmt: skip
-    return tokens, triton.cdiv(tokens, rows), constants
+    return tokens, ceil_div(tokens, rows), constants
 
 
 def layer_norm(x, weight, bias, eps, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ def layer_norm_backward(dout, x, mean, inverse, weight, bias) -> tuple[torch.Ten
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, all_tiles, constants = _launch(x)
     tiles = max(1, all_tiles // TARGET_PROGRAMS)
-    blocks = triton.cdiv(all_tiles, tiles)
+    blocks = ceil_div(all_tiles, tiles)
     with_weight, with_bias = weight is not None, bias is not None
     sums = torch.empty(blocks if with_weight or with_bias else 0, 2, x.shape[-1], dtype=torch.float32, device=x.device)
     launch(

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import launch, register, uniform_tokens
+from ..partial_sums import PartialSum, add_partial_sums
+from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import scan_states_backward_reference, scan_states_reference
 
 BLOCK_E = 64
@@ -349,8 +350,8 @@ def scan_backward_kernel(
     Grid: images x chunks x channel blocks. Reads dh, h, u, (in the CORE) dy and the step size of its chunk. Writes du
     and, if RANK is 0, ddt: the gradient of the given step size or, in the CORE, of what softplus made it from. Writes
     partial sums over its channels of dB (channel blocks, N, L) and, with RANK, ddt (channel blocks, N, L, RANK);
-    partial sums over its tokens of dA and, in the CORE, of dD and the gradients of bias and RANK weights, (N, chunks,
-    1 or 3 + RANK, E).
+    partial sums over its tokens of dA and, in the CORE, of dD and the gradients of bias, (E,) each, and weights, (E,
+    RANK), one after the other: (N, chunks, E or (3 + RANK) E).
     """
     n, place, first, tokens, block, e, inside = _locate(L, length, E, BLOCK_E)
     weights, bias = _load_projection(dt_weight_ptr, dt_bias_ptr, e, inside, E, RANK)
@@ -392,8 +393,9 @@ def scan_backward_kernel(
             B_ptr + t * STRIDE_B, du_ptr + t * E, ddt_ptr + t * STRIDE_DDT, dB_ptr + t, first + t > 0, A, D, weights,
             bias, inside, E, STRIDE_DT, STRIDE_B, CORE, GROUP,
         )  # fmt: skip
+    sums_ptr += place * len(sums) * E
     for k in tl.static_range(len(sums)):
-        _store_channels(sums_ptr + (place * len(sums) + k) * E + e, sums[k], inside)
+        _store_channels(sums_ptr + (k * E + e if k < 3 else 3 * E + e * RANK + k - 3), sums[k], inside)
 
 
 @triton.jit
@@ -493,10 +495,10 @@ class Scan:
         self.dt_weight = dt_weight.t().contiguous() if self.rank else self.A
         self.dt_bias = dt_bias.contiguous() if self.rank else self.A
 
-        self.blocks = triton.cdiv(self.E, BLOCK_E)
+        self.blocks = ceil_div(self.E, BLOCK_E)
         length = max(MIN_LENGTH, self.N * self.blocks * self.L // TARGET_PROGRAMS)
-        self.length = triton.cdiv(length, GROUP) * GROUP
-        self.chunks = triton.cdiv(self.L, self.length)
+        self.length = ceil_div(length, GROUP) * GROUP
+        self.chunks = ceil_div(self.L, self.length)
         self.programs = self.N * self.chunks * self.blocks
         self.by_product = self.rank >= DOT_RANK
         if self.by_product:
@@ -520,24 +522,26 @@ class Scan:
         )  # fmt: skip
         return h
 
-    def gradients(self, dh: torch.Tensor, h: torch.Tensor, dy=None, D=None) -> tuple[torch.Tensor, ...]:
-        """Returns du, ddt, dB, dA and, if the step size is computed here, ddt_weight, ddt_bias and dD.
+    def gradients(
+        self, dh: torch.Tensor, h: torch.Tensor, dy=None, D=None, others: tuple[PartialSum, ...] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns du, ddt, dB, dA, if the step size is computed here ddt_weight, ddt_bias and dD, and the other sums.
 
         Args:
             dh: Gradient of the states, contiguous.
             h: The states in float32.
             dy: Gradient of the observation, for its skip D u; only if the step size is computed here.
             D: Skip weight; likewise.
+            others: Partial sums of other kernels, which are added in the same launch.
         """
-        rank = self.constants['RANK']
-        du = torch.empty(self.u.shape, dtype=self.u.dtype, device=self.u.device)
+        rank, dtype, E = self.constants['RANK'], self.u.dtype, self.E
+        du = torch.empty(self.u.shape, dtype=dtype, device=self.u.device)
         dB = self._empty(self.blocks, self.N, self.L)
         if rank:
             ddt = self._empty(self.blocks, self.N, self.L, rank)
         else:
-            dtype = torch.float32 if self.rank else self.u.dtype
-            ddt = torch.empty(self.u.shape, dtype=dtype, device=self.u.device)
-        sums = self._empty(self.N * self.chunks, 3 + rank if self.rank else 1, self.E)
+            ddt = torch.empty(self.u.shape, dtype=torch.float32 if self.rank else dtype, device=self.u.device)
+        sums = self._empty(self.N * self.chunks, (3 + rank if self.rank else 1) * E)
         if not self.rank:
             dy, D = dh, self.A  # not touched
         launch(
@@ -545,15 +549,17 @@ class Scan:
             self.A, D.contiguous(), self._starts(dh, True), du, ddt, dB, sums, self.N, *self.sizes, **self.constants,
             CORE=self.rank > 0, GROUP=GROUP_BACKWARD,
         )  # fmt: skip
-        dB = dB.sum(0).to(self.u.dtype)
+        parts = [(dB, dtype), (sums, torch.float32), *others]
         if not self.rank:
-            return du, ddt, dB, sums.sum(0)[0]
+            dB, dA, *others = add_partial_sums(*parts)
+            return du, ddt, dB, dA, *others
         if self.by_product:
             ddt, ddt_weight = self._projection_gradients(ddt)
-        dA, dD, ddt_bias, *weights = sums.sum(0)
-        if rank:
-            ddt_weight = torch.stack(weights, 1)
-        return du, ddt.sum(0).to(self.u.dtype), dB, dA.clone(), ddt_weight, ddt_bias.clone(), dD.clone()
+            parts.append((ddt_weight, torch.float32))
+        ddt, dB, sums, *others = add_partial_sums((ddt, dtype), *parts)
+        dA, dD, ddt_bias, weight = sums.split((E, E, E, rank * E))
+        ddt_weight = others.pop() if self.by_product else weight.view(E, rank).clone()
+        return du, ddt, dB, dA.clone(), ddt_weight, ddt_bias.clone(), dD.clone(), *others
 
     def _step_sizes(self) -> torch.Tensor:
         """Returns the step size in float32, contiguous, (N, L, E), as a matrix product."""
@@ -565,26 +571,26 @@ class Scan:
         return delta
 
     def _projection_gradients(self, dpre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns partial sums of ddt (any, N, L, R), and ddt_weight (E, R), from the gradient before softplus."""
+        """Returns partial sums of ddt (any, N, L, R) and ddt_weight (any, E, R), from the gradient before softplus."""
         blocks, all_tiles = self._dot_blocks(), self._dot_tiles()
         tiles = max(1, blocks * all_tiles // DOT_PROGRAMS)
-        ranges = triton.cdiv(all_tiles, tiles)
+        ranges = ceil_div(all_tiles, tiles)
         ddt = self._empty(blocks, self.N, self.L, self.rank)
         ddt_weight = self._empty(ranges, self.E, self.rank)
         launch(
             step_size_backward_kernel, ranges * blocks, dpre, self.low_rank, self.dt_weight, ddt, ddt_weight,
             self.N, self.L, self.E, tiles, *self.low_rank.stride()[:2], **self._dot_constants(),
         )  # fmt: skip
-        return ddt, ddt_weight.sum(0)
+        return ddt, ddt_weight
 
     def _dot_tiles(self) -> int:
-        return self.N * triton.cdiv(self.L, DOT_BLOCK[0])
+        return self.N * ceil_div(self.L, DOT_BLOCK[0])
 
     def _dot_channels(self) -> int:
         return DOT_BLOCK[1] if self.rank <= 32 else DOT_BLOCK[1] // 2
 
     def _dot_blocks(self) -> int:
-        return triton.cdiv(self.E, self._dot_channels())
+        return ceil_div(self.E, self._dot_channels())
 
     def _dot_constants(self) -> dict[str, int]:
         return {
@@ -607,7 +613,7 @@ class Scan:
         )  # fmt: skip
         chunks, channels = COMBINE_BLOCK
         launch(
-            combine_kernel, self.N * triton.cdiv(self.E, channels), end, decay, start, self.chunks, self.E,
+            combine_kernel, self.N * ceil_div(self.E, channels), end, decay, start, self.chunks, self.E,
             ADJOINT=adjoint, BLOCK_CHUNKS=chunks, BLOCK_E=channels, num_warps=4,
         )  # fmt: skip
         return start

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_backend import launch, register, uniform_tokens
+from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import state_fusion_backward_reference, state_fusion_reference
 from .taps import RADIUS, TAP_OFFSETS
 
@@ -324,8 +324,8 @@ def adjoint_border_kernel(
 def _blocks(shape: torch.Size) -> tuple[int, dict[str, int]]:
     """Returns the number of programs that compute blocks of a map (N, H, W, E), and their constants."""
     N, H, W, E = shape
-    columns = min(reversed(BLOCK_W), key=lambda block: triton.cdiv(W, block) * block)
-    programs = N * triton.cdiv(H, BLOCK_H) * triton.cdiv(W, columns) * triton.cdiv(E, BLOCK_E)
+    columns = min(reversed(BLOCK_W), key=lambda block: ceil_div(W, block) * block)
+    programs = N * ceil_div(H, BLOCK_H) * ceil_div(W, columns) * ceil_div(E, BLOCK_E)
     even = E % BLOCK_E == 0
     return programs, {
         'EVEN': even,
@@ -363,7 +363,7 @@ def fuse(h: torch.Tensor, taps: torch.Tensor, dtype: torch.dtype, C=None, u=None
 
 
 def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: torch.dtype, C=None) -> tuple:
-    """Returns dh in the given dtype, dtaps (25, E) and, if C is given, dC (N, HW) in float32, otherwise None.
+    """Returns dh in the given dtype, partial sums of dtaps, (any, 25, E), and, if C is given, of dC, (any, N, HW).
 
     Args:
         dy: Gradient of the fused states, contiguous, (N, H, W, E); of their observation, if C is given.
@@ -378,7 +378,7 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     C = uniform_tokens(C) if observed else h
 
     programs, constants = _blocks(h.shape)
-    blocks = triton.cdiv(E, BLOCK_E)
+    blocks = ceil_div(E, BLOCK_E)
     dtaps = torch.empty(programs // blocks, *taps.shape, dtype=torch.float32, device=h.device)
     dC = torch.empty(blocks, N, H * W, dtype=torch.float32, device=h.device) if observed else dtaps
     dg = torch.empty(h.shape, dtype=torch.float32, device=h.device) if observed else dy
@@ -389,11 +389,11 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     dh = torch.empty(h.shape, dtype=dtype, device=h.device)
     launch(adjoint_kernel, programs, dg, taps, dh, H, W, E, **constants)
     launch(
-        adjoint_border_kernel, N * 4 * triton.cdiv(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
+        adjoint_border_kernel, N * 4 * ceil_div(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
         EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_stages=1,
         num_warps=1 if constants['EVEN'] else 4,
     )  # fmt: skip
-    return dh, dtaps.sum(0), dC.sum(0) if observed else None
+    return dh, dtaps, dC if observed else None
 
 
 def state_fusion(h, taps) -> torch.Tensor:
@@ -404,7 +404,7 @@ def state_fusion(h, taps) -> torch.Tensor:
 def state_fusion_backward(dg, h, taps) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the op `state_fusion_backward`."""
     dh, dtaps, _ = fuse_backward(dg.contiguous(), h.contiguous(), taps, h.dtype)
-    return dh, dtaps
+    return dh, dtaps.sum(0)
 
 
 register('state_fusion', state_fusion, state_fusion_reference)

@@ -30,8 +30,8 @@ def structure_aware_ssm_backward(dy, u, dt, B, C, dt_weight, dt_bias, A, D, taps
     scan = Scan(u, dt, B, A, dt_weight, dt_bias)
     h = scan.states(torch.float32)
     dh, dtaps, dC = fuse_backward(dy, h, taps, torch.float32, C)
-    du, ddt, dB, dA, ddt_weight, ddt_bias, dD = scan.gradients(dh, h, dy, D)
-    dC = dC.to(u.dtype)
+    others = (dC, u.dtype), (dtaps, torch.float32)
+    du, ddt, dB, dA, ddt_weight, ddt_bias, dD, dC, dtaps = scan.gradients(dh, h, dy, D, others)
     return du, ddt.view(dt.shape), dB.view(B.shape), dC.view(C.shape), ddt_weight, ddt_bias, dA, dD, dtaps
 
 
