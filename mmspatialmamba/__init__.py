@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
             )
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 else:
-    from . import checkpoint, flops
+    from . import checkpoint, flops, whole_model  # noqa: F401
     from .backbone_swap import swap_backbone
     from .layer_decay import LayerDecayOptimWrapperConstructor
     from .models import SpatialMamba, VMamba, fuse, unfuse

@@ -68,6 +68,8 @@ def report_mmcv(providers: list[str], versions: str) -> str:
     library = install_mmcv.library()
     code = install_mmcv.gpu_code(library) if library else []
     kinds = f', CUDA ops for {install_mmcv.describe(code)}' if code else ''
+    if not install_mmcv.compiled_for():
+        kinds += f', which load. {install_mmcv.UNKNOWN}'
     print(f'mmcv: {versions}, ' + ('not with the ops that this machine needs' if fault else f'with its ops{kinds}'))
     return f'{fault}; detectors need them: {repair(providers)}' if fault else ''
 

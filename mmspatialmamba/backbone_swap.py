@@ -58,6 +58,9 @@ LAYER_DECAY = (
 The last is mmpose's, and this package's own, which has no ``num_layers``.
 """
 
+WEIGHT_AND_BIAS = ('YOLOv5OptimizerConstructor', 'YOLOv7OptimWrapperConstructor')
+"""Optimizer constructors of MMYOLO that leave out every parameter which is called neither ``weight`` nor ``bias``."""
+
 TOKEN_HEADS = ('ConformerHead', 'DeiTClsHead')
 """Heads of classifiers that take two vectors of an image."""
 
@@ -106,7 +109,8 @@ def swap_backbone(
       (`TOKEN_HEADS`), or the logits of the backbone (`BARE_HEADS`), become linear ones.
     - What would load weights of the whole former model is removed: ``load_from``, and ``init_cfg`` of type Pretrained
       on the model. Layer-wise learning-rate decay (`LAYER_DECAY`) goes to this package's constructor, with a rate at
-      which the stem learns as fast as the former stem.
+      which the stem learns as fast as the former stem. MMYOLO's constructors, which train what is called ``weight`` and
+      ``bias`` alone, get one around them that trains the rest too.
     - With ``pretrained``, images are normalized as ImageNet weights expect it, and the log says what changed.
 
     Everything else stays, the optimizer among it, and without ``pretrained`` the normalization of images. Further
@@ -141,7 +145,7 @@ def swap_backbone(
 
     arguments = {'arch': arch, 'drop_path_rate': drop_path_rate, 'pretrained': pretrained}
     with torch.random.fork_rng(devices=()), DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        _swap_layer_decay(cfg.get('optim_wrapper') or {}, part.backbone, blocks=sum(new.depths))
+        _swap_constructor(cfg.get('optim_wrapper') or {}, part.backbone, blocks=sum(new.depths))
         swapped = ConfigDict(type=f'mmspatialmamba.{backbone}', **arguments)
         if type_name(part).endswith('Classifier') and 'in_channels' not in _first_neck(part):
             _swap_in_classifier(part, new, swapped)
@@ -470,9 +474,16 @@ def _heads(part: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
                     yield key, head.get('kernel_generate_head', head)
 
 
-def _swap_layer_decay(optim_wrapper: dict, former: ConfigDict, blocks: int) -> None:
-    """Gives layer decay to this package's constructor, with a rate that fits our number of blocks."""
+def _swap_constructor(optim_wrapper: dict, former: ConfigDict, blocks: int) -> None:
+    """Puts this package's constructor in place of one that does not know our layers, or not all of our parameters.
+
+    Layer decay gets a rate that fits our number of blocks.
+    """
     rules = optim_wrapper.get('paramwise_cfg') or {}
+    if type_name(optim_wrapper, 'constructor') in WEIGHT_AND_BIAS:
+        optim_wrapper.paramwise_cfg = ConfigDict(rules, constructor=optim_wrapper.constructor)
+        optim_wrapper.constructor = 'mmspatialmamba.WholeModelOptimWrapperConstructor'
+        return
     is_ours = 'decay_rate' in rules and 'num_layers' not in rules
     if type_name(optim_wrapper, 'constructor') not in LAYER_DECAY or is_ours:
         return

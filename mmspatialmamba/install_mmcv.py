@@ -34,6 +34,8 @@ Those of CUDA 12 (``nvidia-cuda-nvcc-cu12``) have ptxas but no nvcc.
 """
 STAMP = 'compiled_for.txt'
 """File in the installed package ``mmcv`` that names the PyTorch it was compiled for."""
+UNKNOWN = 'Nothing says for which PyTorch they were compiled'
+"""What is said of ops that load, in an mmcv without `STAMP`: a ready wheel, or one that pip compiled by itself."""
 FATBIN = 0xBA55ED50
 """Begins the code for GPUs in a library."""
 
@@ -51,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     refuse_other_distributions(name)
     architectures = [] if args.without_cuda else cuda_architectures()
     if installed_version(name) == version and not find_fault(architectures):
-        print(f'{args.requirement} is installed, and its ops fit {target(architectures)}')
+        fit = f'fit {target(architectures)}'
+        unknown = f'load. {UNKNOWN}; to be sure, pip uninstall {name} and run this again'
+        print(f'{args.requirement} is installed, and its ops {fit if compiled_for() else unknown}')
         return 0
     try:
         wheel = cached_wheel(args.requirement, architectures) or compile_wheel(args.requirement, architectures)
@@ -118,12 +122,10 @@ def find_fault(architectures: list[str]) -> str:
         architectures: Compute capabilities for which CUDA ops are needed.
     """
     importlib.invalidate_caches()
-    spec = importlib.util.find_spec('mmcv')
-    if spec is None:
+    if importlib.util.find_spec('mmcv') is None:
         return 'mmcv is not installed'
-    stamp = Path(spec.origin).with_name(STAMP)
-    built, here = stamp.read_text().split(', ') if stamp.is_file() else [], target([]).split(', ')
-    if built and built[: len(here)] != here:
+    built, here = compiled_for().split(', '), target([]).split(', ')
+    if built[0] and built[: len(here)] != here:
         return f"mmcv's ops were compiled for {', '.join(built[: len(here)])}, this is {', '.join(here)}"
     # In another process: a library that is loaded stays, whatever is installed afterwards.
     loaded = subprocess.run([sys.executable, '-c', 'import mmcv.ops'], capture_output=True, text=True, check=False)
@@ -137,6 +139,12 @@ def find_fault(architectures: list[str]) -> str:
         if missing:
             return f"mmcv's CUDA ops are for {describe(served)}, not for GPUs of {' '.join(missing)}"
     return ''
+
+
+def compiled_for() -> str:
+    """Returns what the installed mmcv's ops were compiled for, or '' if nothing says it."""
+    stamp = Path(importlib.util.find_spec('mmcv').origin).with_name(STAMP)
+    return stamp.read_text() if stamp.is_file() else ''
 
 
 def installed_version(name: str) -> str:

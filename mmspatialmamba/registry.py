@@ -10,5 +10,5 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim wrapper constructor',
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmspatialmamba',
-    locations=['mmspatialmamba.layer_decay'],
+    locations=['mmspatialmamba.layer_decay', 'mmspatialmamba.whole_model'],
 )

@@ -27,7 +27,8 @@ _ONE_AUTOCAST = VERSION >= (2, 4)  # a comparison of versions takes longer than 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Returns autocast's dtype on a type of device, None where autocast is off (2.4: one query for all devices)."""
     if _ONE_AUTOCAST:
-        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        known = device in ('cpu', 'cuda') or torch.amp.is_autocast_available(device)  # which dynamo of 2.6 cannot trace
+        on = known and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None
     if device == 'cpu':
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

@@ -1,5 +1,7 @@
 """The backbones against outputs and gradients that the original code computed in float64 (tests/data/README.md)."""
 
+import importlib.util
+
 import pytest
 import torch
 import torchvision_setup  # noqa: F401
@@ -76,6 +78,8 @@ def test_gradients(family, case, dtype):
 @pytest.mark.parametrize('family', FAMILIES[1:], ids=lambda family: family.files)
 def test_classifier(family, dtype):
     """Both outputs of the original's classifier, from its file as it is, by a classifier of mmpretrain."""
+    if importlib.util.find_spec('mmpretrain') is None:
+        pytest.skip('needs mmpretrain')
     golden, (tolerance, _) = GOLDEN[family.files]['classifier'], TOLERANCES[family.backbone][dtype]
     config = {
         'type': 'ImageClassifier',

@@ -80,6 +80,22 @@ def test_an_mmcv_that_says_it_is_of_another_pytorch_is_not_trusted(tmp_path):
     assert advice + install_mmcv.COMMAND in doctor(tmp_path).stdout
 
 
+def test_an_mmcv_that_says_nothing_is_used_but_not_vouched_for(tmp_path):
+    loads = 'import mmspatialmamba.install_mmcv as module; module.find_fault = lambda architectures: ""'
+    fake_mmcv(tmp_path)
+    silent = doctor(tmp_path, loads)
+    line = 'mmcv: mmcv 2.1.0, with its ops, which load. Nothing says for which PyTorch they were compiled\n'
+    assert silent.returncode == 0
+    assert line in silent.stdout
+    install = f'{loads}; module.cuda_architectures = lambda: []; sys.exit(module.main([]))'
+    said = doctor(tmp_path, install).stdout
+    assert 'its ops load. Nothing says for which PyTorch' in said
+    assert f'fit {install_mmcv.target([])}' not in said
+    (tmp_path / 'mmcv' / install_mmcv.STAMP).write_text(install_mmcv.target([]))
+    assert 'mmcv: mmcv 2.1.0, with its ops\n' in doctor(tmp_path, loads).stdout
+    assert f'fit {install_mmcv.target([])}\n' in doctor(tmp_path, install).stdout
+
+
 CARD = """
 import torch
 import torch.utils.cpp_extension

@@ -14,8 +14,8 @@ import torch
 import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, DefaultScope
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
 from mmengine.structures import PixelData
 
 from mmspatialmamba import swap_backbone
@@ -435,6 +435,48 @@ def test_layer_decay_reaches_the_rate_of_the_former_stem(name):
     lowest = min(group['lr'] for group in groups)
     assert lowest == pytest.approx(wrapper.optimizer.lr * former)
     assert swap_backbone(swapped, SMALL).optim_wrapper.paramwise_cfg == swapped.optim_wrapper.paramwise_cfg
+
+
+class WeightAndBiasConstructor:
+    """What MMYOLO's YOLOv5OptimizerConstructor does, which is not installed here: three groups, by name."""
+
+    def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+        assert set(paramwise_cfg) == {'base_total_batch_size'}
+        self.cfg = optim_wrapper_cfg
+
+    def __call__(self, model):
+        weights, norms, biases = [], [], []
+        for module in model.modules():
+            if isinstance(getattr(module, 'bias', None), torch.nn.Parameter):
+                biases.append(module.bias)
+            if isinstance(getattr(module, 'weight', None), torch.nn.Parameter):
+                (norms if isinstance(module, torch.nn.BatchNorm2d) else weights).append(module.weight)
+        groups = [{'params': weights, 'weight_decay': 5e-4}, {'params': norms}, {'params': biases}]
+        return OptimWrapper(torch.optim.SGD(groups, lr=self.cfg.optimizer.lr))
+
+
+@pytest.mark.parametrize('backbone', ['SpatialMamba', 'VMamba'])
+def test_every_parameter_is_trained_under_the_constructor_of_mmyolo(backbone):
+    config = retinanet()
+    config.optim_wrapper = ConfigDict(
+        type='OptimWrapper',
+        constructor='YOLOv5OptimizerConstructor',
+        optimizer={'type': 'SGD', 'lr': 0.01},
+        paramwise_cfg={'base_total_batch_size': 64},
+    )
+    arch = sweep_zoo.SMALL[backbone]
+    swapped = swap_backbone(config, arch, backbone=backbone)
+    assert swap_backbone(swapped, arch, backbone=backbone).optim_wrapper == swapped.optim_wrapper
+    model = sweep_zoo.build(swapped)
+    name = 'YOLOv5OptimizerConstructor'
+    OPTIM_WRAPPER_CONSTRUCTORS.register_module(name, module=WeightAndBiasConstructor)
+    try:
+        groups = build_optim_wrapper(model, swapped.optim_wrapper).optimizer.param_groups
+    finally:
+        OPTIM_WRAPPER_CONSTRUCTORS.module_dict.pop(name)
+    assert [group['weight_decay'] for group in groups] == [5e-4, 0, 0]
+    trained = sorted(id(parameter) for group in groups for parameter in group['params'])
+    assert trained == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 REFUSALS = {

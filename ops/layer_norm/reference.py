@@ -2,6 +2,8 @@
 
 import torch
 
+from ..compat import VERSION
+
 
 def layer_norm_reference(x, weight, bias, eps, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes `layer_norm` with plain PyTorch, and the statistics that backward needs.
@@ -35,8 +37,9 @@ def _widen(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
     """Returns x as PyTorch's LayerNorm is to take it for statistics, and gradients of the parameters, in float32.
 
     A CPU's takes 16 bits beside parameters in float32, and has statistics in float32 then, but adds the gradients of
-    the parameters in 16 bits. That of other devices takes one dtype.
+    the parameters in 16 bits. That of other devices takes one dtype, as a CPU's does of float16 in PyTorch 2.1.
     """
-    mixed = x.device.type == 'cpu' and all(parameter is not None for parameter in parameters)
+    takes_two = x.device.type == 'cpu' and (VERSION >= (2, 6) or x.dtype != torch.float16)
+    mixed = takes_two and all(parameter is not None for parameter in parameters)
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters if mixed)
     return x if x.dtype == torch.float64 or (mixed and not trained) else x.float()
