@@ -160,22 +160,29 @@ def small(config):
     return (with_proposals(data) if model.type == 'FastRCNN' else data,) * 2
 
 
-def train_and_predict(config):
-    """Computes loss and gradients, and predicts. The gradients of the backbone are finite and complete."""
+def train_and_predict(config, backbone, trains=True):
+    """Swaps the backbone, computes loss and gradients, and predicts. The gradients of the backbone are finite, and all
+    are there unless the config says that some are not."""
     torch.manual_seed(0)
+    stated = config.get('find_unused_parameters', False)
+    config = swap_backbone(config, SMALL_OF[backbone], backbone=backbone)
     training, testing = small(config)
     model = revert_sync_batchnorm(sweep_zoo.build(config))
     model.train()
-    losses = model(**model.data_preprocessor(training, training=True), mode='loss')
-    loss, _ = model.parse_losses(losses)
-    assert loss.isfinite()
-    loss.backward()
-    backbone = getattr(model, 'student', model).backbone
-    gradients = {key: p.grad for key, p in backbone.named_parameters() if p.requires_grad}
-    unused = [key for key, gradient in gradients.items() if gradient is None]
-    assert bool(unused) == config.get('find_unused_parameters', False), unused
-    assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
-    assert any(gradient.abs().sum() > 0 for gradient in gradients.values() if gradient is not None)
+    if not trains:
+        with pytest.raises(NotImplementedError, match="MMPretrain doesn't support"):
+            model(**model.data_preprocessor(training, training=True), mode='loss')
+    else:
+        losses = model(**model.data_preprocessor(training, training=True), mode='loss')
+        loss, _ = model.parse_losses(losses)
+        assert loss.isfinite()
+        loss.backward()
+        parameters = getattr(model, 'student', model).backbone.named_parameters()
+        gradients = {key: p.grad for key, p in parameters if p.requires_grad}
+        unused = [key for key, gradient in gradients.items() if gradient is None]
+        assert stated or bool(unused) == config.get('find_unused_parameters', False), unused
+        assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
+        assert any(gradient.any() for gradient in gradients.values() if gradient is not None)
     model.eval()
     config.model.data_preprocessor.pop('size', None)
     with torch.no_grad():
@@ -203,7 +210,7 @@ STEPS += [pytest.param(name, 'VMamba', marks=pytest.mark.long) for name in TRAIN
 @pytest.mark.parametrize(('name', 'backbone'), STEPS)
 def test_training_step_and_prediction(name, backbone):
     toolbox, _, path = name.partition('::')
-    train_and_predict(swap_backbone(read(toolbox, path), SMALL_OF[backbone], backbone=backbone))
+    train_and_predict(read(toolbox, path), backbone)
 
 
 WITHOUT = {
@@ -249,6 +256,9 @@ INSTEAD = {
 }
 """What is tried of families whose usual choice does not work, or trains without a swapped backbone."""
 
+UNTRAINED = ('efficientformer', 'levit')
+"""Families whose heads MMPretrain has for prediction only, of models that were trained by distillation elsewhere."""
+
 
 def read(toolbox, path):
     """Reads a config of a toolbox."""
@@ -279,6 +289,6 @@ FAMILIES = [(toolbox, family, names) for toolbox in WITHOUT for family, names in
 def test_a_config_of_every_family_trains_and_predicts(toolbox, family, backbone):
     names = families(toolbox)[family]
     path = f'{family}/{INSTEAD[toolbox].get(family) or choose(names)}'
-    config = swap_backbone(read(toolbox, path), SMALL_OF[backbone], backbone=backbone)
+    config = read(toolbox, path)
     config.default_scope = toolbox
-    train_and_predict(config)
+    train_and_predict(config, backbone, family not in UNTRAINED)
