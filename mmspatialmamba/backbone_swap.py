@@ -217,6 +217,7 @@ def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
     if len(strides) > 1 == len(set(strides)) and type_name(part.get('neck')) in PYRAMID_NECKS:
         part.neck = None
 
+    _drop_unread_maps(part)
     used = list(range(len(former))) if path else _used_maps(part, former)
     stages = tuple(stages[i] for i in used)
     ours = [backbone.channels[stage] for stage in stages]
@@ -302,6 +303,13 @@ def _fit_context_path(path: ConfigDict, ours: list[int]) -> None:
         raise ValueError(
             f'swap_backbone: backbone {type_name(path)} has a backbone_cfg of its own, with an unknown use'
         )
+
+
+def _drop_unread_maps(part: ConfigDict) -> None:
+    """Takes from EncNet's head the maps that it is given and, without lateral connections, does not read."""
+    for _, head in _heads(part):
+        if type_name(head) == 'EncHead' and not head.get('add_lateral'):
+            head.update(in_channels=head.in_channels[-1:], in_index=head.in_index[-1:])
 
 
 def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:

@@ -1,9 +1,6 @@
 """The helper that puts Spatial-Mamba into configs of the toolboxes: what it changes, runs and refuses."""
 
 import contextlib
-import json
-import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +10,8 @@ import pytest
 import torch
 import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.config import Config, ConfigDict
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
-from mmengine.structures import PixelData
 
 from mmspatialmamba import swap_backbone
 from mmspatialmamba.backbone_swap import REFUSED
@@ -101,6 +96,12 @@ CHANGES = {
     'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py': {
         'decode_head.in_channels': 512,
         'decode_head.c1_in_channels': 64,
+    },
+    'mmseg::encnet/encnet_r50-d8_4xb2-40k_cityscapes-512x1024.py': {  # its head reads the last of the maps it is given
+        'backbone.out_indices': [2, 3],
+        'decode_head.in_channels': [512],
+        'decode_head.in_index': [1],
+        'auxiliary_head.in_index': 0,
     },
     'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py': {'decode_head.in_channels': [128, 256, 512]},
     'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': {
@@ -547,150 +548,3 @@ def test_other_refusals():
         swap_backbone(retinanet(), 'huge')
     with pytest.raises(TypeError, match='with_cp'):
         swap_backbone(retinanet(), with_cp=True)
-
-
-TRAINED = [
-    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
-    'mmdet::atss/atss_r18_fpn_8xb8-amp-lsj-200e_coco.py',
-    'mmdet::fcos/fcos_r18_fpn_gn-head-center-normbbox-centeronreg-giou_8xb8-amp-lsj-200e_coco.py',
-    'mmdet::cascade_rcnn/cascade-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py',
-    'mmdet::conditional_detr/conditional-detr_r50_8xb2-50e_coco.py',
-    'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
-    'mmdet::faster_rcnn/faster-rcnn_r50-caffe-c4_ms-1x_coco.py',
-    'mmdet::nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
-    'mmseg::upernet/upernet_r18_4xb2-40k_cityscapes-512x1024.py',
-    'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py',
-    'mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py',
-    'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py',
-    'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
-    'mmseg::knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py',
-    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py',
-    'mmseg::ocrnet/ocrnet_r101-d8_8xb2-40k_cityscapes-512x1024.py',
-    'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
-    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py',
-    'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py',
-    'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
-    'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py',
-    'mmpretrain::deit/deit-tiny-distilled_4xb256_in1k.py',
-    'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py',
-    'mmpretrain::vgg/vgg16_8xb16_voc.py',
-    'mmpretrain::vig/vig-tiny_8xb128_in1k.py',
-    'mmpretrain::csra/resnet101-csra_1xb16_voc07-448px.py',
-]
-
-
-def detection_samples(side):
-    from mmdet.testing import demo_mm_inputs
-
-    return demo_mm_inputs(2, (3, side, side), num_items=[2, 3], num_classes=2, with_mask=True)
-
-
-def segmentation_samples(side):
-    from mmseg.structures import SegDataSample
-
-    labels = torch.arange(side * side).reshape(1, side, side) * 4 // side**2
-    shape = {'img_shape': (side, side), 'ori_shape': (side, side)}
-    sample = SegDataSample(
-        metainfo=shape, gt_sem_seg=PixelData(data=labels), gt_edge_map=PixelData(data=labels.clamp(max=1))
-    )
-    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-    return {'inputs': [image, image.flip(-1)], 'data_samples': [sample, sample.clone()]}
-
-
-def classification_samples(side):
-    from mmpretrain.structures import DataSample
-
-    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-    return {'inputs': [image, image.flip(-1)], 'data_samples': [DataSample().set_gt_label(i) for i in (1, 3)]}
-
-
-def multi_label_samples(side):
-    data = classification_samples(side)
-    for sample in data['data_samples']:
-        sample.set_gt_score(torch.eye(20)[sample.gt_label[0]])
-    return data
-
-
-SMALL_OF = {'SpatialMamba': SMALL, 'VMamba': {**SMALL, 'ssm_ratio': 1}}
-STEPS = [pytest.param(name, 'SpatialMamba', marks=pytest.mark.end_to_end) for name in TRAINED]
-STEPS += [pytest.param(name, 'VMamba', marks=pytest.mark.long) for name in TRAINED]
-
-
-@pytest.mark.parametrize(('name', 'backbone'), STEPS)
-def test_training_step_and_prediction(name, backbone):
-    torch.manual_seed(0)
-    config = swap_backbone(zoo(name), SMALL_OF[backbone], backbone=backbone)
-    if config.default_scope == 'mmdet':
-        side, samples = 128, detection_samples
-        config.model.data_preprocessor.pop('batch_augments', None)  # they pad to the full training size
-        if 'rpn' in (config.model.get('test_cfg') or {}):
-            config.model.test_cfg.rpn.max_per_img = 8  # each costs the shared head of a detector without a neck
-    elif config.default_scope == 'mmpretrain':
-        side, samples = 64, multi_label_samples if 'voc' in name else classification_samples
-        config.model.data_preprocessor = config.data_preprocessor
-    else:
-        side, samples = 64, segmentation_samples
-        config.model.data_preprocessor.size = (side, side)
-    data = samples(side)
-    model = revert_sync_batchnorm(sweep_zoo.build(config))
-    model.train()
-    losses = model(**model.data_preprocessor(data, training=True), mode='loss')
-    loss, _ = model.parse_losses(losses)
-    assert loss.isfinite()
-    loss.backward()
-    unused = [key for key, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]
-    assert bool(unused) == config.get('find_unused_parameters', False), unused
-    model.eval()
-    config.model.data_preprocessor.pop('size', None)
-    with torch.no_grad():
-        predictions = model.test_step(data)
-    assert len(predictions) == 2
-    found = ('pred_instances', 'pred_sem_seg', 'pred_score')
-    assert all(any(key in sample for key in found) for sample in predictions)
-
-
-WITHOUT = {
-    'mmdet': {
-        'boxinst', 'carafe', 'centripetalnet', 'common', 'cornernet', 'deepsort', 'glip', 'grounding_dino', 'lad', 'ld',
-        'misc', 'mm_grounding_dino', 'ocsort', 'timm_example', 'tridentnet',
-    },
-    'mmseg': {
-        'bisenetv2', 'cgnet', 'ddrnet', 'dpt', 'erfnet', 'fastscnn', 'icnet', 'mobilenet_v3', 'pidnet', 'san', 'unet',
-        'vpd',
-    },
-}  # fmt: skip
-"""Families that hold no config that works, for which docs/zoo_coverage.md has the reasons, or none with a model."""
-
-INSTEAD = {
-    'bytetrack': 'bytetrack/yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17halfval.py',
-    'detectors': 'detectors/cascade-rcnn_r50-sac_1x_coco.py',
-    'strongsort': 'strongsort/yolox_x_8xb4-80e_crowdhuman-mot17halftrain_test-mot17halfval.py',
-}
-"""What is tried of families whose usual choice does not work."""
-
-
-def choose(configs):
-    """The config of a family that is tried: with the smallest ResNet if there is one."""
-    by_size = {name: min([k for k, size in enumerate(('r18', 'r50')) if size in name], default=2) for name in configs}
-    return min(configs, key=lambda name: (by_size[name], name))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('backbone', SMALL_OF)
-@pytest.mark.parametrize('toolbox', WITHOUT)
-def test_a_config_of_every_family_works(toolbox, backbone, tmp_path):
-    root = sweep_zoo.configs_of(toolbox)
-    families = {}
-    for path in root.glob('*/*.py'):
-        if path.parent.name != '_base_':
-            families.setdefault(path.parent.name, []).append(str(path.relative_to(root)))
-    works = {family: names for family, names in families.items() if family not in WITHOUT[toolbox]}
-    chosen = {INSTEAD.get(family) or choose(names) for family, names in works.items()}
-    out = tmp_path / 'results.json'
-    pattern = '|'.join(f'^{re.escape(name)}$' for name in chosen)
-    command = (sys.executable, sweep_zoo.__file__, toolbox, '--filter', pattern, '--backbone', backbone, '--out', out)
-    subprocess.run(command, check=True)
-    results = json.loads(out.read_text())[toolbox]
-    assert set(results) == chosen
-    assert {name: result['swapped'] for name, result in results.items() if result['swapped'] != 'ok'} == {}

@@ -23,16 +23,17 @@ template <typename scalar_t>
 constexpr int64_t BLOCK_CHANNELS = BLOCK_VECTORS<scalar_t> * LANES<at::opmath_type<scalar_t>>;
 
 /// Neighbouring channels in the lanes of one vector. `count` is below LANES at the end of E, and 0 beyond it: such a
-/// vector reads zeros and writes nothing.
+/// vector reads zeros and writes nothing. A group's first vector writes the sums to which the others add.
 struct Channels {
   int64_t first;
   int64_t count;
+  bool first_of_group;
 };
 
 template <typename acc_t>
-inline Channels channels_from(int64_t first, int64_t E) {
+inline Channels channels_from(int64_t first, int64_t E, bool first_of_group) {
   first = std::min(first, E);
-  return {first, std::min(LANES<acc_t>, E - first)};
+  return {first, std::min(LANES<acc_t>, E - first), first_of_group};
 }
 
 template <typename scalar_t>
@@ -73,21 +74,21 @@ inline void for_vectors(int64_t E, const Work& work) {
   }
 }
 
-/// Blocks of channels are taken in turn by `groups` tasks an image. The number depends on the shape only, so that sums
-/// over channels have one order whatever the number of threads.
+/// Blocks of channels are taken in turn by `groups` tasks an image, none of which is without one. The number depends on
+/// the shape only, so that sums over channels have one order whatever the number of threads.
 template <typename scalar_t>
 inline int64_t channel_groups(int64_t N, int64_t E) {
   constexpr int64_t TASKS = 16;
-  return std::min(channel_blocks<scalar_t>(E), at::divup(TASKS, std::max<int64_t>(N, 1)));
+  const int64_t blocks = channel_blocks<scalar_t>(E);
+  return at::divup(blocks, at::divup(blocks, std::min(blocks, at::divup(TASKS, std::max<int64_t>(N, 1)))));
 }
 
 /// Runs all blocks of channels of all images in parallel.
 ///
-/// Each thread builds one worker per vector of a block with `make()`. For each of its tasks it calls
-/// `begin_task(n, group)`, and then for each block `worker.start(n, group, channels)` on all workers and `walk(workers)`.
-template <typename scalar_t, typename Make, typename Begin, typename Walk>
-inline void parallel_blocks(
-    int64_t N, int64_t E, int64_t groups, const Make& make, const Begin& begin_task, const Walk& walk) {
+/// Each thread builds one worker per vector of a block with `make()`. For each block of its tasks it calls
+/// `worker.start(n, group, channels)` on all workers and `walk(workers)`.
+template <typename scalar_t, typename Make, typename Walk>
+inline void parallel_blocks(int64_t N, int64_t E, int64_t groups, const Make& make, const Walk& walk) {
   using acc_t = at::opmath_type<scalar_t>;
   const int64_t blocks = channel_blocks<scalar_t>(E);
   const int64_t blocks_per_group = at::divup(blocks, groups);
@@ -99,12 +100,12 @@ inline void parallel_blocks(
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / groups;
       const int64_t group = task % groups;
-      begin_task(n, group);
-      const int64_t last = std::min(blocks, (group + 1) * blocks_per_group);
-      for (int64_t block = group * blocks_per_group; block < last; ++block) {
+      const int64_t first_block = group * blocks_per_group;
+      const int64_t last = std::min(blocks, first_block + blocks_per_group);
+      for (int64_t block = first_block; block < last; ++block) {
         int64_t first = block * BLOCK_CHANNELS<scalar_t>;
         for (auto& worker : workers) {
-          worker.start(n, group, channels_from<acc_t>(first, E));
+          worker.start(n, group, channels_from<acc_t>(first, E, first == first_block * BLOCK_CHANNELS<scalar_t>));
           first += LANES<acc_t>;
         }
         walk(workers);
@@ -116,7 +117,7 @@ inline void parallel_blocks(
 /// The same without groups: each block of channels is a task of its own.
 template <typename scalar_t, typename Make, typename Walk>
 inline void parallel_blocks(int64_t N, int64_t E, const Make& make, const Walk& walk) {
-  parallel_blocks<scalar_t>(N, E, channel_blocks<scalar_t>(E), make, [](int64_t, int64_t) {}, walk);
+  parallel_blocks<scalar_t>(N, E, channel_blocks<scalar_t>(E), make, walk);
 }
 
 /// Working memory of one thread: vectors, uninitialised.

@@ -28,10 +28,10 @@ inline void transpose(Vec<acc_t> (&rows)[LANES<acc_t>]) {
 template <int ROWS, typename acc_t, typename Count>
 inline void add_weighted_channels(
     const Vec<acc_t> (&channel)[LANES<acc_t>], int64_t tile, Count count, const acc_t* weight, int64_t R, acc_t* sums,
-    int64_t stride) {
+    int64_t stride, bool add) {
   Vec<acc_t> sum[ROWS];
   for (int i = 0; i < ROWS; ++i) {
-    sum[i] = Vec<acc_t>::loadu(sums + i * stride, tile);
+    sum[i] = add ? Vec<acc_t>::loadu(sums + i * stride, tile) : Vec<acc_t>(0);
   }
 #pragma GCC unroll 16
   for (int64_t c = 0; c < count; ++c) {
@@ -44,15 +44,17 @@ inline void add_weighted_channels(
   }
 }
 
-/// sums[r * stride + t] += sum over channels of values[t][channel] * weight[channel][r]
+/// sums[r * stride + t] = sum over channels of values[t][channel] * weight[channel][r]
 ///
 /// Args:
 ///   values: (tokens, LANES), the channels of one vector; its first `count` lanes (as in `with_count`) are summed.
 ///   weight: (LANES, R).
 ///   sums: R rows, `stride` apart, of `tokens` values.
+///   add: To the values of `sums`, in place of writing these for the first time.
 template <typename acc_t, typename Count>
 inline void add_channel_sums(
-    const acc_t* values, int64_t tokens, Count count, const acc_t* weight, int64_t R, acc_t* sums, int64_t stride) {
+    const acc_t* values, int64_t tokens, Count count, const acc_t* weight, int64_t R, acc_t* sums, int64_t stride,
+    bool add) {
   for (int64_t t = 0; t < tokens; t += LANES<acc_t>) {
     const int64_t tile = std::min(LANES<acc_t>, tokens - t);
     Vec<acc_t> channel[LANES<acc_t>];
@@ -63,20 +65,20 @@ inline void add_channel_sums(
     transpose<acc_t>(channel);
     int64_t r = 0;
     for (; r + 4 <= R; r += 4) {
-      add_weighted_channels<4>(channel, tile, count, weight + r, R, sums + r * stride + t, stride);
+      add_weighted_channels<4>(channel, tile, count, weight + r, R, sums + r * stride + t, stride, add);
     }
     for (; r < R; ++r) {
-      add_weighted_channels<1>(channel, tile, count, weight + r, R, sums + r * stride + t, stride);
+      add_weighted_channels<1>(channel, tile, count, weight + r, R, sums + r * stride + t, stride, add);
     }
   }
 }
 
-/// sums[t] += sum over channels of values[t][channel]
+/// sums[t] = sum over channels of values[t][channel]; `add` as above.
 ///
 /// A tree of sums of neighbours: each round halves the number of vectors, and the lanes that one token has. It takes a
 /// third of the instructions of the sum with weights.
 template <typename acc_t, typename Count>
-inline void add_channel_sums(const acc_t* values, int64_t tokens, Count count, acc_t* sums) {
+inline void add_channel_sums(const acc_t* values, int64_t tokens, Count count, acc_t* sums, bool add) {
   for (int64_t t = 0; t < tokens; t += LANES<acc_t>) {
     const int64_t tile = std::min(LANES<acc_t>, tokens - t);
     Vec<acc_t> sum[LANES<acc_t>];
@@ -90,11 +92,12 @@ inline void add_channel_sums(const acc_t* values, int64_t tokens, Count count, a
         sum[i] = even + odd;
       }
     }
-    (Vec<acc_t>::loadu(sums + t, tile) + sum[0]).store(sums + t, tile);
+    (add ? Vec<acc_t>::loadu(sums + t, tile) + sum[0] : sum[0]).store(sums + t, tile);
   }
 }
 
 /// Sums over channels of all images: one partial sum a group of channels, which `write` adds up in the groups' order.
+/// They are not set to 0: that would take their memory from the system, and through the caches, a second time.
 template <typename acc_t>
 class TokenSums {
  public:
@@ -109,10 +112,6 @@ class TokenSums {
   /// The sums of one value of a group's channels, (L); those of the next value follow.
   acc_t* part(int64_t n, int64_t group, int64_t value = 0) const {
     return parts_[0] + ((n * groups_ + group) * values_ + value) * L_;
-  }
-
-  void zero(int64_t n, int64_t group) const {
-    std::fill_n(part(n, group), values_ * L_, acc_t(0));
   }
 
   /// out[n][t][i] = value first + i of token t of image n, for i below the last dimension of `out`, (N, ..., values).

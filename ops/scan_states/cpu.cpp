@@ -135,7 +135,7 @@ class ScanBackward {
           });
     });
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      add_channel_sums(dB_run_[0], tokens, count, dB_ + begin);
+      add_channel_sums(dB_run_[0], tokens, count, dB_ + begin, !state_.channels.first_of_group);
     });
   }
 
@@ -208,7 +208,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_states_backward(
         TokenSums<acc_t>(p.N, channel_groups<scalar_t>(p.N, p.E), 1, p.L), dA.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
         p.N, p.E, gradients.dB.groups(), [&] { return ScanBackward<scalar_t>(p, gradients); },
-        [&](int64_t n, int64_t group) { gradients.dB.zero(n, group); },
         [&](auto& vectors) {
           for (int64_t t = 0; t < p.L; t += RUN) {
             for (auto& v : vectors) v.scan(t, std::min(RUN, p.L - t));

@@ -46,13 +46,18 @@ at::Tensor in_sequence(const at::Tensor& x, const Addresses& addresses, at::Scal
   at::Tensor out = at::empty({N, K, L, width}, x.options().dtype(acc_dtype));
   const scalar_t* source = map.const_data_ptr<scalar_t>();
   acc_t* sequences = out.mutable_data_ptr<acc_t>();
-  constexpr int64_t GRAIN = 4096;
-  at::parallel_for(0, N * K * L, GRAIN, [&](int64_t begin, int64_t end) {
+  constexpr int64_t TOKENS = 4096;
+  const int64_t tasks = at::divup(L, TOKENS);
+  at::parallel_for(0, N * K * tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / (K * L), k = i / L % K;
-      const scalar_t* from = source + n * image + k * order + addresses.of(k)[i % L] * token;
-      for (int64_t j = 0; j < width; ++j) {
-        sequences[i * width + j] = static_cast<acc_t>(from[j * value]);
+      const int64_t n = i / tasks / K, k = i / tasks % K, first = i % tasks * TOKENS;
+      const int64_t* address = addresses.of(k);
+      const scalar_t* from = source + n * image + k * order;
+      acc_t* to = sequences + ((n * K + k) * L + first) * width;
+      for (int64_t t = first; t < std::min(L, first + TOKENS); ++t) {
+        for (int64_t j = 0; j < width; ++j) {
+          *to++ = static_cast<acc_t>(from[address[t] * token + j * value]);
+        }
       }
     }
   });
@@ -451,12 +456,13 @@ class BackwardVector {
   /// Sums over these channels of what belongs to a position.
   [[gnu::noinline, gnu::flatten]] void add_sums(int64_t begin, int64_t tokens) {
     const int64_t first = state_.k * (p.R + 2 * p.S);
+    const bool add = !state_.channels.first_of_group;
     const auto part = [&](int64_t value) { return out_.tokens.part(state_.n, group_, first + value) + begin; };
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      add_channel_sums(dpre_[0], tokens, count, weight_by_channel_[0], p.R, part(0), p.L);
+      add_channel_sums(dpre_[0], tokens, count, weight_by_channel_[0], p.R, part(0), p.L, add);
       for (int64_t s = 0; s < p.S; ++s) {
-        add_channel_sums(dB_[s * CHUNK], tokens, count, part(p.R + s));
-        add_channel_sums(dC_[s * CHUNK], tokens, count, part(p.R + p.S + s));
+        add_channel_sums(dB_[s * CHUNK], tokens, count, part(p.R + s), add);
+        add_channel_sums(dC_[s * CHUNK], tokens, count, part(p.R + p.S + s), add);
       }
     });
   }
@@ -524,7 +530,6 @@ EightTensors selective_scan_backward(
         dparameters.mutable_data_ptr<acc_t>(), dD.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
         N, E, gradients.tokens.groups(), [&] { return BackwardVector<scalar_t>(p, gradients); },
-        [&](int64_t n, int64_t group) { gradients.tokens.zero(n, group); },
         [&](auto& vectors) {
           for (int64_t k = 0; k < K; ++k) {
             for (auto& v : vectors) v.start_order(k);

@@ -227,7 +227,7 @@ class BackwardVector {
   void observe_backward_row(int64_t r) {
     correlate(r);
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R + 1, r));
+      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R + 1, r), !state_.channels.first_of_group);
     });
   }
 
@@ -242,8 +242,8 @@ class BackwardVector {
 
     adjoint(r);
     with_count<acc_t>(state_.channels.count, [&](auto count) {
-      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R, r));
-      add_channel_sums(dpre_row_[0], p.W, count, weight_by_channel_[0], p.R, token_sums(0, r), p.H * p.W);
+      add_channel_sums(per_channel_[0], p.W, count, token_sums(p.R, r), !state_.channels.first_of_group);
+      add_channel_sums(dpre_row_[0], p.W, count, weight_by_channel_[0], p.R, token_sums(0, r), p.H * p.W, !state_.channels.first_of_group);
     });
   }
 
@@ -378,7 +378,6 @@ NineTensors structure_aware_ssm_backward(
         TokenSums<acc_t>(N, channel_groups<scalar_t>(N, E), R + 2, H * W), dparameters.mutable_data_ptr<acc_t>()};
     parallel_blocks<scalar_t>(
         N, E, gradients.tokens.groups(), [&] { return BackwardVector<scalar_t>(p, gradients); },
-        [&](int64_t n, int64_t group) { gradients.tokens.zero(n, group); },
         [&](auto& vectors) {
           for (int64_t r = 0; r < H; ++r) {
             for (auto& v : vectors) v.scan_row(r);
