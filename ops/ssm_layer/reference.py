@@ -39,25 +39,29 @@ def _forward_in_parts(
 ) -> torch.Tensor:  # fmt: skip
     """Computes the output alone, some rows at a time: of the wide maps, u and y are the only ones in memory as a whole.
 
-    On a CPU that spares more than memory: a large new tensor costs more time to get than to fill. The norm, which both
-    halves of the projection and the rows at borders read, is as narrow as x and computed once.
+    On a CPU that spares more than memory: a large new tensor costs more time to get than to fill.
     """
     N, H, W, _ = x.shape
     E = len(conv_weight)
     rows = max(1, TOKENS_AT_ONCE // (N * W))
     parts = [slice(first, min(first + rows, H)) for first in range(0, H, rows)]
 
-    norm = OPS.layer_norm(x, norm_weight, norm_bias, eps, in_weight.dtype)[0]
+    def normalize(x: torch.Tensor) -> torch.Tensor:
+        return OPS.layer_norm(x, norm_weight, norm_bias, eps, in_weight.dtype)[0]
+
+    norm = normalize(x)
     u = in_weight.new_empty(N, H, W, E)
     for part in parts:
         wider = slice(max(0, part.start - 1), part.stop + 1)  # the rows that the convolution reads
         conv = OPS.depthwise_conv(norm[:, wider] @ in_weight[:E].T, conv_weight, conv_bias, *CONV_OPTIONS)
         u[:, part] = conv[:, part.start - wider.start : part.stop - wider.start]
+    del norm  # beside u and y it would be a tenth of the memory of a whole inference
     y = OPS.structure_aware_ssm(u, *_split(u @ x_weight.T), dt_weight, dt_bias, A, D, taps)
     del u
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for part in parts:
-        gated = OPS.gated_norm(y[:, part], norm[:, part] @ in_weight[E:].T, out_norm_weight, out_norm_bias, out_eps)
+        z = normalize(x[:, part]) @ in_weight[E:].T
+        gated = OPS.gated_norm(y[:, part], z, out_norm_weight, out_norm_bias, out_eps)
         add_branch(x[:, part], gated @ out_weight.T, scale, out[:, part])
     return out
 
