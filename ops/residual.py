@@ -3,15 +3,18 @@
 import torch
 
 
-def add_branch(x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def add_branch(
+    x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns ``x + scale · branch`` in one pass.
 
     Args:
         x: Maps (N, H, W, d) or tokens (L, d).
         branch: Shape of ``x``.
         scale: Factor of each map or token, (N,) or (L,); None for 1.
+        out: Where to write the sum; None for a new tensor.
     """
-    return x + branch if scale is None else torch.addcmul(x, branch, _spread(scale, x))
+    return torch.add(x, branch, out=out) if scale is None else torch.addcmul(x, branch, _spread(scale, x), out=out)
 
 
 def scale_gradient(dout: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

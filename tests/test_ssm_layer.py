@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmspatialmamba.ops import ssm_layer
+from mmspatialmamba.ops.ssm_layer import reference
 from mmspatialmamba.ops.state_fusion.taps import TAP_OFFSETS
 from oracles import GRIDS, layer_arguments, layer_norm, require_grad, rms_error, scan_loop
 
@@ -91,6 +92,30 @@ def test_a_gradient_scaled_by_105_percent_is_noticed():
 def test_factor_of_each_image():
     arguments = require_grad(*layer_arguments((7, 13), 8, batch=3))
     assert_below_tolerance(errors(arguments, torch.tensor([1.25, 0.0, 0.5], dtype=torch.float64)), torch.float64)
+
+
+@pytest.mark.parametrize('tokens', [1, 2 * 13 * 3, 2 * 13 * 6])
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+def test_inference_by_parts_of_rows_equals_the_equation(monkeypatch, dtype, tokens):
+    """Parts of one row, of three with one left over, and of six."""
+    monkeypatch.setattr(reference, 'TOKENS_AT_ONCE', tokens)
+    arguments = layer_arguments((7, 13), 8, dtype=dtype)
+    for scale in (None, torch.tensor([1.25, 0.5])):
+        out = ssm_layer(*arguments, scale)
+        expected = layer_equation(*(x.double() for x in arguments), 1 if scale is None else scale.double())
+        assert (out.dtype, out.is_contiguous()) == (dtype, True)
+        assert rms_error(out, expected) < TOLERANCES[dtype][0]
+
+
+def test_inference_by_parts_under_autocast(monkeypatch):
+    monkeypatch.setattr(reference, 'TOKENS_AT_ONCE', 2 * 13 * 3)
+    arguments = layer_arguments((7, 13), 8, dtype=torch.float32)
+    for scale in (None, torch.tensor([1.25, 0.5])):
+        with torch.autocast('cpu', torch.bfloat16):
+            out = ssm_layer(*arguments, scale)
+        expected = layer_equation(*(x.double() for x in arguments), 1 if scale is None else scale.double())
+        assert out.dtype == torch.float32
+        assert rms_error(out, expected) < TOLERANCES[torch.bfloat16][0]
 
 
 def test_without_parameters_the_gradient_of_the_input_is_the_same():
