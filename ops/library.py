@@ -111,8 +111,8 @@ def is_compiled(name: str, device: torch.device) -> bool:
 def register_autograd(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
     """Registers the autograd formula of an op that `define` has defined.
 
-    `torch.library.register_autograd` (PyTorch 2.4) does the same and adds twice as much to the time of a call, 20 instead
-    of 10 us, which counts where a GPU waits for the processor.
+    `torch.library.register_autograd` (PyTorch 2.4) does the same and adds twice as much to the time of a call, 20
+    instead of 10 us, which counts where a GPU waits for the processor.
 
     Args:
         name: The op's name.
