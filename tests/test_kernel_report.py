@@ -139,3 +139,11 @@ def test_prints_a_table(monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| 3 ')]
     assert len(lines) == 5  # one forward, two backward, a sum of each
     assert 'combine_kernel (adjoint)' in lines[2]
+
+
+@slow
+def test_every_kernel_of_the_core_has_a_row():
+    forward, backward = report.launches_of_stage(4, torch.bfloat16)
+    adding = [launch for launch in (*forward, *backward) if launch.name == 'partial_sums_kernel']
+    assert len(adding) == 1
+    assert len(report.report(4, torch.bfloat16, [])) == len(forward) + len(backward) - 1

@@ -17,7 +17,7 @@ compute capability 9.0 (H100, H200), and the machine code is read. For each kern
                     (132 at 1.755 GHz), and at 3.0 TB/s
 
 These are floors, not times. The loops of ``adjoint_border_kernel`` run as often as pixels lie on a border, which is
-estimated. Launches are counted as Triton's; the sums of PyTorch's that follow are not in the table.
+estimated. The launch that adds partial sums is not in the table: each of its programs runs another part of the code.
 """
 
 import argparse
@@ -273,6 +273,8 @@ def report(stage: int, dtype: torch.dtype, kernels: list[str], op: str = CORE) -
     rows = []
     for direction, launches in zip(('forward', 'backward'), launches_of_stage(stage, dtype, op), strict=True):
         for launch in launches:
+            if launch.kernel is partial_sums.partial_sums_kernel:
+                continue
             if kernels and not any(word in launch.name for word in kernels):
                 continue
             compiled = compile_ahead(launch, 90)
