@@ -392,7 +392,7 @@ def fuse_backward(dy: torch.Tensor, h: torch.Tensor, taps: torch.Tensor, dtype: 
     launch(
         adjoint_border_kernel, N * 4 * ceil_div(max(H, W), BLOCK_P) * blocks, dg, taps, dh, H, W, E,
         EVEN=constants['EVEN'], BLOCK_P=BLOCK_P, BLOCK_E=BLOCK_E, num_stages=1,
-        num_warps=1 if constants['EVEN'] else 4,
+        num_warps=1 if constants['EVEN'] else 2,
     )  # fmt: skip
     return dh, dtaps, dC if observed else None
 
