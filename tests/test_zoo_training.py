@@ -121,8 +121,8 @@ def views(side, count):
     return {'inputs': list(torch.randint(0, 256, (count, 4, 3, side, side), dtype=torch.uint8)), 'data_samples': None}
 
 
-LARGER = {'DINO': 256, 'DDQDETR': 256, 'FPG': 256}
-"""Sides of images for methods that select hundreds of positions, or divide maps often."""
+LARGER = {'DINO': 256, 'DDOD': 384, 'DDQDETR': 256, 'FPG': 256}
+"""Sides of images for methods that select hundreds of positions, or divide maps often, or have a deformable kernel."""
 
 
 def larger(model, side):
@@ -159,6 +159,9 @@ def small(config):
     if model.type == 'CrowdDet':  # torchvision's operator in Python, where it is not compiled, takes gigabytes
         model.roi_head.bbox_roi_extractor.roi_layer.pop('use_torchvision', None)
     data = detection_samples(larger(model, 128), 8 if model.type == 'SCNet' else 1)
+    if (model.get('bbox_head') or {}).get('num_classes') == 1:
+        for sample in data['data_samples']:
+            sample.gt_instances.labels.zero_()
     return (with_proposals(data) if model.type == 'FastRCNN' else data,) * 2
 
 
