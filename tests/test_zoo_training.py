@@ -154,7 +154,7 @@ def small(config):
     if preprocessor.type == 'MultiBranchDataPreprocessor':
         return semi_supervised_samples(128), detection_samples(128)
     preprocessor.pop('batch_augments', None)  # they pad to the full training size
-    if 'rpn' in (model.get('test_cfg') or {}):
+    if (model.get('test_cfg') or {}).get('rpn'):
         model.test_cfg.rpn.max_per_img = 8  # each costs the shared head of a detector without a neck
     if model.type == 'CrowdDet':  # torchvision's operator in Python, where it is not compiled, takes gigabytes
         model.roi_head.bbox_roi_extractor.roi_layer.pop('use_torchvision', None)
