@@ -173,7 +173,8 @@ def train_and_predict(config, backbone, trains=True):
     config = swap_backbone(config, SMALL_OF[backbone], backbone=backbone)
     training, testing = small(config)
     model = revert_sync_batchnorm(sweep_zoo.build(config))
-    if hasattr(model, 'level_embed'):  # of deformable transformers: memory without values until then
+    # Memory without values until then (deformable transformers), and boxes of any sign.
+    if hasattr(model, 'level_embed') or (config.model.get('rpn_head') or {}).get('type') == 'EmbeddingRPNHead':
         model.init_weights()
     model.train()
     if not trains:
