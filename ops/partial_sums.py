@@ -1,8 +1,8 @@
 """The Triton kernel that adds what programs of other kernels left as partial sums: those of one op in one launch.
 
 A partial sum has a row for each program, (rows, ...). A program of this kernel takes some columns of one of them
-through all its rows, ``BLOCK`` at a time, in an order that is always the same. PyTorch's own sum of each takes as long
-on a GPU as all of them together here, as most have too few columns to fill it, and its result has to be converted.
+through all its rows, ``BLOCK`` at a time, in an order that is always the same. PyTorch's own functions would be a
+launch for each sum and another one for each that has to be converted.
 """
 
 import torch
