@@ -19,9 +19,9 @@ def passes():
     return launch_report.record_block(64, GRID, 2, drop_path_rate=0.1)
 
 
-@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 57, 2800)])
+@pytest.mark.parametrize(('index', 'launches', 'mib'), [(0, 34, 1150), (1, 53, 2790)])
 def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
-    """At most so many launches and MiB: 34 and 1138 forward, 57 and 2745 backward were counted."""
+    """At most so many launches and MiB: 34 and 1138 forward, 53 and 2733 backward were counted."""
     assert len(passes[index]) <= launches, [launch.kernel for launch in passes[index]]
     assert sum(launch.bytes for launch in passes[index]) <= mib * MIB
 

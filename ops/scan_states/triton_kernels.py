@@ -549,17 +549,16 @@ class Scan:
             self.A, D.contiguous(), self._starts(dh, True), du, ddt, dB, sums, self.N, *self.sizes, **self.constants,
             CORE=self.rank > 0, GROUP=GROUP_BACKWARD,
         )  # fmt: skip
-        parts = [(dB, dtype), (sums, torch.float32), *others]
+        of_channels = [(part, torch.float32) for part in sums.split(E, 1)[:3]]
+        parts = [(dB, dtype), *of_channels, *others]
         if not self.rank:
             dB, dA, *others = add_partial_sums(*parts)
             return du, ddt, dB, dA, *others
+        weight = sums[:, 3 * E :]
         if self.by_product:
-            ddt, ddt_weight = self._projection_gradients(ddt)
-            parts.append((ddt_weight, torch.float32))
-        ddt, dB, sums, *others = add_partial_sums((ddt, dtype), *parts)
-        dA, dD, ddt_bias, weight = sums.split((E, E, E, rank * E))
-        ddt_weight = others.pop() if self.by_product else weight.view(E, rank).clone()
-        return du, ddt, dB, dA.clone(), ddt_weight, ddt_bias.clone(), dD.clone(), *others
+            ddt, weight = self._projection_gradients(ddt)
+        ddt, weight, dB, dA, dD, ddt_bias, *others = add_partial_sums((ddt, dtype), (weight, torch.float32), *parts)
+        return du, ddt, dB, dA, weight.view(E, self.rank), ddt_bias, dD, *others
 
     def _step_sizes(self) -> torch.Tensor:
         """Returns the step size in float32, contiguous, (N, L, E), as a matrix product."""
