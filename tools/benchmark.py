@@ -112,10 +112,15 @@ def time_op(args: argparse.Namespace, name: str, op: Callable, arguments: tuple)
         f'{name} forward, reference': lambda: reference(*arguments),
     }
     samples = measure(candidates, args.device, args.rounds, cold=True)
-    copies = samples['copy']
-    return [
-        {'row': row, **summarise(found), 'times_copy': median_ratio(found, copies)} for row, found in samples.items()
-    ]
+    rows = [{'row': row, **summarise(found)} for row, found in samples.items()]
+    if args.device != 'cpu':  # whose processor often enqueues an op for longer than the device runs it
+        stream = torch.cuda.Stream(args.device)
+        with torch.cuda.stream(stream):  # on which a gradient is computed is decided by the forward pass
+            candidates[f'{name} backward'] = backward_of(op, arguments)
+        replays = {row: captured(run, stream) for row, run in candidates.items()}
+        samples = measure(replays, args.device, args.rounds, cold=True)
+        rows = [{**row, 'graph_ms': summarise(samples[row['row']])['median_ms']} for row in rows]
+    return [{**row, 'times_copy': median_ratio(samples[row['row']], samples['copy'])} for row in rows]
 
 
 def backward_of(op: Callable, arguments: tuple) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -314,7 +319,7 @@ def step(model: torch.nn.Module, x: torch.Tensor, args: argparse.Namespace) -> C
                 return model(x)
     else:
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=device != 'cpu')
         # Random ones: a loss such as the mean square, which norms keep constant, leaves gradients that are denormal
         # numbers, on which a CPU takes many times as long.
         gradients = []
@@ -352,7 +357,9 @@ def benchmark_backbones(args: argparse.Namespace) -> list[dict]:
         for name, found in samples.items():
             row = {'size': text, 'row': name, **summarise(found), 'first_row_in_it': median_ratio(first, found)}
             if args.device != 'cpu':
-                row |= {'graph_ms': graph_time(candidates[name], args), 'kernels': kernels.get(name, 0)}
+                replay = captured(candidates[name], torch.cuda.Stream(args.device))
+                replays = measure({name: replay}, args.device, args.rounds)[name]
+                row |= {'graph_ms': summarise(replays)['median_ms'], 'kernels': kernels.get(name, 0)}
             rows.append({**row, 'peak_memory_MiB': peak_memory(name, tuple(x.shape), args)})
             if args.profile:
                 print_profile(name, candidates[name], args.device)
@@ -437,14 +444,16 @@ def _counted_kernels(kernels: dict | None, name: str) -> Iterator[None]:
         triton.knobs.compilation.listener = before
 
 
-def graph_time(run: Callable, args: argparse.Namespace) -> float | None:
-    """Returns the milliseconds of a CUDA graph's replay; None in training, whose optimizer is not captured."""
-    if args.mode != 'inference':
-        return None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def captured(run: Callable, stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Returns the replay of a CUDA graph of ``run``, captured on ``stream`` after a run there."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         run()
-    return summarise(measure({'graph': graph.replay}, args.device, args.rounds)['graph'])['median_ms']
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def print_profile(name: str, run: Callable, device: str) -> None:
