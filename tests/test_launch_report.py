@@ -38,7 +38,7 @@ def test_a_block_stays_within_what_was_reached(passes, index, launches, mib):
         ('gated_norm_backward_kernel', 1, 1),
         ('taps_kernel', 0, 1),
         ('taps_backward_kernel', 1, 1),
-        ('partial_sums_kernel', 1, 1),
+        ('partial_sums_kernel', 1, 7),  # of the core, three convolutions and three norms
     ],
 )
 def test_each_op_is_one_launch_forward_and_as_few_backward(passes, kernel, index, count):

@@ -309,11 +309,14 @@ def check_on_gpu(op, arguments, dtype):
     outputs = (function(*there), *backward(gradient.cuda(), *there))
     again = (function(*there), *backward(gradient.cuda(), *there))
     wanted = (expected, *IMPLEMENTATIONS[backward_op][1](gradient.double(), *here))
+    largest = max(tensor.abs().max() for tensor in wanted if tensor.numel())
     for first, second, expected in zip(outputs, again, wanted, strict=True):
         assert torch.equal(first, second)
         assert first.shape == expected.shape
         if expected.numel():
-            assert relative_error(first.cpu().double(), expected) < GPU_TOLERANCES[dtype]
+            # A gradient may be 0: that of a decay, if there is one token. Its rounding is measured by the others.
+            scale = expected.abs().max() if expected.any() else largest
+            assert (first.cpu().double() - expected).abs().max() < GPU_TOLERANCES[dtype] * scale
 
 
 @on_gpu

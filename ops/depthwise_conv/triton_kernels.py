@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..partial_sums import add_partial_sums
 from ..triton_backend import ceil_div, launch, register
 from .reference import KERNEL, depthwise_conv_backward_reference, depthwise_conv_reference
 
@@ -370,7 +371,8 @@ def depthwise_conv_backward(
         conv_backward_kernel, programs, dpre, dy, pixels, weight, dx, sums, *sizes,
         RELU_INPUT=relu_input, RESIDUAL=residual, WITH_SUMS=not activated, **constants,
     )  # fmt: skip
-    return dx, sums.sum(0)
+    (sums,) = add_partial_sums((sums, torch.float32))
+    return dx, sums
 
 
 register('depthwise_conv', depthwise_conv, depthwise_conv_reference)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..partial_sums import add_partial_sums
 from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import gated_norm_backward_reference, gated_norm_reference
 
@@ -144,7 +145,8 @@ def gated_norm_backward(dout, y, z, weight, bias, eps, with_out=False) -> tuple[
         gated_norm_backward_kernel, blocks, dout, y, z, weight.contiguous(), bias.contiguous(), dy, dz, out, sums,
         N * L, L, E, tiles, z.stride(0), z.stride(1), eps, WITH_OUT=with_out, **constants,
     )  # fmt: skip
-    return dy, dz, sums.sum(0), out
+    (sums,) = add_partial_sums((sums, torch.float32))
+    return dy, dz, sums, out
 
 
 register('gated_norm', gated_norm, gated_norm_reference)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..partial_sums import add_partial_sums
 from ..triton_backend import ceil_div, launch, register
 from .reference import layer_norm_backward_reference, layer_norm_reference
 
@@ -141,7 +142,8 @@ def layer_norm_backward(dout, x, mean, inverse, weight, bias) -> tuple[torch.Ten
         layer_norm_backward_kernel, blocks, dout, x, mean, inverse, weight.contiguous() if with_weight else mean, dx,
         sums, tokens, x.shape[-1], tiles, WITH_WEIGHT=with_weight, WITH_BIAS=with_bias, **constants,
     )  # fmt: skip
-    return dx, sums.sum(0)
+    (sums,) = add_partial_sums((sums, torch.float32))
+    return dx, sums
 
 
 register('layer_norm', layer_norm, layer_norm_reference)

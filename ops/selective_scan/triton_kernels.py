@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..library import REFERENCES
+from ..partial_sums import add_partial_sums
 from ..scan_states.triton_kernels import (
     COMBINE_BLOCK,
     LOG2_E,
@@ -378,10 +379,9 @@ class OrderedScan:
         start, adjoint = self._starts(self.u, self.B, False), self._starts(dy, self.C, True)
         du = torch.empty(self.u.shape, dtype=dtype, device=self.u.device)
         so_far = self._empty(*self.u.shape) if self.K > 1 else self.D  # not touched by a single order
-        tokens = torch.empty((*self.u.shape[:3], self.K, R + 2 * S), dtype=dtype, device=self.u.device)
-        channels = self._empty(self.K, S + 2 + R, self.E)
         part = self._empty(self.blocks, *self.u.shape[:3], R + 2 * S)
         sums = self._empty(self.tiles, S + 2 + R, self.E)
+        tokens, channels = [], []
         for k, code in enumerate(self.codes):
             dt, B, C = (x[:, :, k] for x in (self.dt, self.B, self.C))
             launch(
@@ -389,12 +389,16 @@ class OrderedScan:
                 self.A[k], self.D, start[k], adjoint[k], so_far, du, part, sums, *self.sizes, *dt.stride()[:2],
                 *B.stride()[:2], *C.stride()[:2], CODE=code, FIRST=k == 0, LAST=k == self.K - 1, **self.constants,
             )  # fmt: skip
-            tokens[:, :, :, k] = part.sum(0)
-            channels[k] = sums.sum(0)
-        ddt, dB, dC = (x.contiguous() for x in tokens.split((R, S, S), -1))
-        dA, dweight = (x.transpose(1, 2).contiguous() for x in (channels[:, :S], channels[:, S + 2 :]))
-        dD = channels[0, S + 1].expand(self.K, self.E).contiguous()
-        return du, ddt, dB, dC, dweight, channels[:, S].contiguous(), dA, dD
+            of_tokens, of_channels = add_partial_sums((part, dtype), (sums, torch.float32))
+            tokens.append(of_tokens.split((R, S, S), -1))
+            channels.append(of_channels)
+        ddt, dB, dC = (torch.stack(x, 3) for x in zip(*tokens))
+        channels = torch.stack(channels)
+        dA, dweight = (channels[:, rows].transpose(1, 2) for rows in (slice(S), slice(S + 2, None)))
+        dD = channels[0, S + 1].expand(self.K, self.E)
+        # Copies, also of a single order, whose slices are contiguous: outputs of an op share no memory.
+        copies = (x.clone(memory_format=torch.contiguous_format) for x in (dweight, channels[:, S], dA, dD))
+        return du, ddt, dB, dC, *copies
 
     def _starts(self, x: torch.Tensor, weights: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """Returns what enters each chunk, for each order: (STATES, N, chunks, E), at the head of a row."""

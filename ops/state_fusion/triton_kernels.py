@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..partial_sums import add_partial_sums
 from ..triton_backend import ceil_div, launch, register, uniform_tokens
 from .reference import state_fusion_backward_reference, state_fusion_reference
 from .taps import RADIUS, TAP_OFFSETS
@@ -405,7 +406,8 @@ def state_fusion(h, taps) -> torch.Tensor:
 def state_fusion_backward(dg, h, taps) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the op `state_fusion_backward`."""
     dh, dtaps, _ = fuse_backward(dg.contiguous(), h.contiguous(), taps, h.dtype)
-    return dh, dtaps.sum(0)
+    (dtaps,) = add_partial_sums((dtaps, torch.float32))
+    return dh, dtaps
 
 
 register('state_fusion', state_fusion, state_fusion_reference)
