@@ -105,7 +105,7 @@ def shrink_blocks():
     triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
     triton_scan.MIN_LENGTH, triton_scan.GROUP, triton_scan.GROUP_BACKWARD = 16, 4, 2
     triton_scan.COMBINE_BLOCK = triton_orders.COMBINE_BLOCK = (2, 8)
-    triton_orders.FORWARD = triton_orders.BACKWARD = (4, 16, 4)
+    triton_orders.BLOCK = (4, 16, 4)
     triton_scan.DOT_BLOCK = (16, 32)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64
@@ -259,7 +259,7 @@ def conv_cases():
     scattered = torch.stack((weight, weight), -1)[..., 0]
     record('depthwise_conv', gradient, halves, scattered, bias.repeat_interleave(2)[::2], *silu)
     record('depthwise_conv', gradient, halves, weight, None, *silu)
-    triton_conv.TARGET_PROGRAMS = 5  # several tiles each, the last ones beyond the end
+    triton_conv.TARGET_PROGRAMS = triton_conv.TARGET_OF_SUMS = 5  # several tiles each, the last ones beyond the end
     record('depthwise_conv', gradient, halves, weight, bias, *silu)
     record('depthwise_conv', gradient[:, :3, :3], halves, weight, bias, *relu)
 
