@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision_setup  # noqa: F401, before mmpretrain
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData, PixelData
 
 from mmspatialmamba import swap_backbone
@@ -169,10 +170,10 @@ def in_one_process(config):
     if isinstance(config, dict):
         config = {key: in_one_process(value) for key, value in config.items()}
         return config | {'type': 'BN'} if config.get('type') in ('SyncBN', 'MMSyncBN') else config
-    return [in_one_process(value) for value in config] if isinstance(config, (list, tuple)) else config
+    return type(config)(map(in_one_process, config)) if isinstance(config, (list, tuple)) else config
 
 
-def train_and_predict(config, backbone, trains=True):
+def train_and_predict(config, backbone, trains=True, predicts=True):
     """Swaps the backbone, computes loss and gradients, and predicts. The gradients of the backbone are finite, and all
     are there unless the config says that some are not."""
     torch.manual_seed(0)
@@ -181,11 +182,10 @@ def train_and_predict(config, backbone, trains=True):
     training, testing = small(config)
     config.model = in_one_process(config.model)
     model = sweep_zoo.build(config)
-    for head in model.modules():
-        if getattr(head, 'epoch', 0) is None:  # which a hook of MMDetection sets in training
-            head.epoch = 0
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as the training loop does, for heads that ask
     # Memory without values until then (deformable transformers), and boxes of any sign.
-    if hasattr(model, 'level_embed') or (config.model.get('rpn_head') or {}).get('type') == 'EmbeddingRPNHead':
+    refines = (config.model.get('rpn_head') or {}).get('type') == 'EmbeddingRPNHead'
+    if hasattr(model, 'level_embed') or refines:
         model.init_weights()
     model.train()
     if not trains:
@@ -205,8 +205,14 @@ def train_and_predict(config, backbone, trains=True):
         assert any(gradient.any() for gradient in gradients.values() if gradient is not None)
     model.eval()
     config.model.data_preprocessor.pop('size', None)
+    if refines:  # random offsets move boxes out of the image, where MMDetection cannot paste masks on a CPU
+        for head in model.roi_head.bbox_head:
+            torch.nn.init.zeros_(head.fc_reg.weight)
     with torch.no_grad():
-        if isinstance(testing['data_samples'], list):
+        if not predicts:
+            with pytest.raises(AttributeError, match="'SSDHead' object has no attribute 'loss_cls'"):
+                model.test_step(testing)
+        elif isinstance(testing['data_samples'], list):
             check_predictions(model.test_step(testing), testing)
         else:  # a self-supervised method, which predicts nothing
             maps = model(**model.data_preprocessor(testing), mode='tensor')
@@ -280,6 +286,10 @@ UNTRAINED = ('efficientformer', 'levit')
 """Families whose heads MMPretrain has for prediction only, of models that were trained by distillation elsewhere."""
 
 
+UNPREDICTED = ('ssd',)
+"""Families with which MMDetection 3.3.0 cannot predict, with its own backbones neither."""
+
+
 def read(toolbox, path):
     """Reads a config of a toolbox."""
     return Config.fromfile(sweep_zoo.configs_of(toolbox) / path)
@@ -313,4 +323,4 @@ def test_a_config_of_every_family_trains_and_predicts(toolbox, family, backbone)
     path = f'{family}/{INSTEAD[toolbox].get(family) or choose(names)}'
     config = read(toolbox, path)
     config.default_scope = toolbox
-    train_and_predict(config, backbone, family not in UNTRAINED)
+    train_and_predict(config, backbone, family not in UNTRAINED, family not in UNPREDICTED)
