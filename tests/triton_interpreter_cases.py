@@ -105,7 +105,7 @@ def shrink_blocks():
     triton_scan.BLOCK_E = triton_fusion.BLOCK_E = 16
     triton_scan.MIN_LENGTH, triton_scan.GROUP, triton_scan.GROUP_BACKWARD = 16, 4, 2
     triton_scan.COMBINE_BLOCK = triton_orders.COMBINE_BLOCK = (2, 8)
-    triton_orders.BLOCK = (4, 16, 4)
+    triton_orders.FORWARD = triton_orders.BACKWARD = (4, 16, 4)
     triton_scan.DOT_BLOCK = (16, 32)
     triton_fusion.BLOCK_W = (8, 16)
     triton_gated_norm.BLOCK_VALUES = triton_layer_norm.BLOCK_VALUES = 64

@@ -191,10 +191,11 @@ def trips(launch: Launch, compiled: Compiled) -> list[float]:
         rest = values['L'] % values['GROUP'] / math.ceil(values['L'] / values['length'])
         return [values['length'] // values['GROUP'] if i == main else rest for i in range(count)]
     if name.startswith('orders_'):
-        # Of each order a loop over blocks of components of dt, one over states and, in backward, a second of the first.
+        # Of each order a loop over blocks of components of dt and one over states. In backward the second, of the one
+        # state here, is no loop, and there is another of the first kind.
         components = math.ceil(values['rank'] / values['BLOCK_R'])
-        loops = [components, values['states'], components]
-        loops = loops if name == 'orders_backward_kernel' else loops[:2] * len(values['CODES'])
+        backward = name == 'orders_backward_kernel'
+        loops = [components] * 2 if backward else [components, values['states']] * len(values['CODES'])
         if count != len(loops):
             raise RuntimeError(f'{name}: expected {len(loops)} loops in the machine code, found {count}')
         return loops

@@ -14,8 +14,8 @@ position are contiguous.
 Backward computes the states again, and takes one order after the other: the gradients of dt, B and C are sums over
 channels, whose parts are in memory for one order at a time. The step size is a matrix product of any rank. Sums leave
 each program as partial sums in places of their own: no atomics, the same bits in every run. Element offsets are 64-bit
-from tile to tile, and 32-bit inside of one. Block sizes and warps are the fastest of six forward and eight backward
-that were tried on an H200.
+from tile to tile, and 32-bit inside of one. Of six block sizes forward and eight backward
+that were tried on an H200, they are the fastest that spill no registers.
 """
 
 import torch
@@ -37,8 +37,10 @@ from ..triton_backend import launch, register
 from .orders import INTEGERS, ORDERS, split
 from .reference import selective_scan_backward_reference, selective_scan_reference
 
-BLOCK = (8, 16, 2)
+FORWARD = (8, 16, 2)
 """Rows and columns of a tile, channels of a program and its warps; of larger tiles the carries are fewer."""
+BACKWARD = (4, 16, 1)
+"""The same in backward, which holds twice as much of each position: with tiles of 8 float32 would spill registers."""
 NUM_STAGES = 2
 """Of the loop over components of dt; with the compiler's default of three the adjoint's carries spill a register."""
 BLOCK_R = 16
@@ -258,7 +260,7 @@ def orders_scan_kernel(
     tl.store(y_ptr + first * E + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=['N', 'H', 'W', 'rank', 'states', 'stride_dn', 'stride_Bn', 'stride_Cn'])
+@triton.jit(do_not_specialize=['N', 'H', 'W', 'rank', 'stride_dn', 'stride_Bn', 'stride_Cn'])
 def orders_backward_kernel(
     dy_ptr, u_ptr, dt_ptr, B_ptr, C_ptr, weight_ptr, bias_ptr, A_ptr, D_ptr, start_ptr, adjoint_ptr, sum_ptr, du_ptr,
     tokens_ptr, channels_ptr, N, H, W, E, rank, states, stride_dn, stride_dt, stride_Bn, stride_Bt, stride_Cn,
@@ -340,13 +342,14 @@ class OrderedScan:
     """The launches of one scan in several orders: what is shared by its kernels, forward and backward.
 
     Args:
+        block: Size of a tile, channels of a program and its warps.
         codes: Index of each order in `ALONG`.
         u: Input, contiguous, (N, H, W, E).
         dt, B, C: Any strides, (N, H, W, K, ·).
         dt_weight, dt_bias, A, D: The parameters, float32.
     """
 
-    def __init__(self, codes, u, dt, B, C, dt_weight, dt_bias, A, D):
+    def __init__(self, block, codes, u, dt, B, C, dt_weight, dt_bias, A, D):
         self.codes, self.u = codes, u
         self.N, self.H, self.W, self.E = u.shape
         self.K, self.S = A.shape[0], A.shape[2]
@@ -355,7 +358,7 @@ class OrderedScan:
         self.weight, self.A = (x.transpose(1, 2).contiguous() for x in (dt_weight, A))
         self.bias, self.D = dt_bias.contiguous(), D.sum(0)
         self.sizes = (self.N, self.H, self.W, self.E, self.R, self.S)
-        tile, channels, warps = BLOCK
+        tile, channels, warps = block
         self.across, self.down = triton.cdiv(self.W, tile), triton.cdiv(self.H, tile)
         self.tiles = self.N * self.across * self.down
         self.blocks = triton.cdiv(self.E, channels)
@@ -427,7 +430,7 @@ def _codes(u, dt, B, C, A, orders: list[int]) -> tuple[int, ...] | None:
     a tile spans 2^31 elements."""
     known = [ORDERS[name](*u.shape[1:3]) for name in ALONG]
     served = [order for order in split(orders) if order in known]
-    span = BLOCK[0] * u.shape[2] * max(u.shape[3], *(x.stride(2) for x in (dt, B, C)))
+    span = FORWARD[0] * u.shape[2] * max(u.shape[3], *(x.stride(2) for x in (dt, B, C)))
     if len(orders) != INTEGERS * len(A) or len(served) != len(A) or not served or span >= 2**31:
         return None
     return tuple(known.index(order) for order in served)
@@ -438,7 +441,7 @@ def selective_scan(u, dt, B, C, dt_weight, dt_bias, A, D, orders) -> torch.Tenso
     codes = _codes(u, dt, B, C, A, orders)
     if codes is None:
         return REFERENCES['selective_scan.orders'](u, dt, B, C, dt_weight, dt_bias, A, D, orders)
-    return OrderedScan(codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D).outputs()
+    return OrderedScan(FORWARD, codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D).outputs()
 
 
 def selective_scan_backward(dy, u, dt, B, C, dt_weight, dt_bias, A, D, orders) -> tuple[torch.Tensor, ...]:
@@ -446,7 +449,7 @@ def selective_scan_backward(dy, u, dt, B, C, dt_weight, dt_bias, A, D, orders) -
     codes = _codes(u, dt, B, C, A, orders)
     if codes is None:
         return REFERENCES['selective_scan_backward.orders'](dy, u, dt, B, C, dt_weight, dt_bias, A, D, orders)
-    scan = OrderedScan(codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D)
+    scan = OrderedScan(BACKWARD, codes, u.contiguous(), dt, B, C, dt_weight, dt_bias, A, D)
     return scan.gradients(dy.contiguous())
 
 
