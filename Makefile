@@ -15,6 +15,9 @@ TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 TORCH_VERSION := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
+# Test files at a time. Their threads outnumber the processors, so one that waits gives its processor back.
+TEST_WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 QUICKSTART := work_dirs/quickstart
 QUICKSTART_CHECKPOINT := $(QUICKSTART)/epoch_10.pth
 
@@ -75,7 +78,7 @@ data/shapes/complete.json: | env
 	$(BIN)/python tools/make_shapes_dataset.py data/shapes
 
 test: env
-	$(BIN)/pytest -m "not end_to_end and not long" --durations 15
+	$(PYTEST) -m "not end_to_end and not long" --durations 15
 
 test-ops:
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -87,10 +90,10 @@ test-ops:
 		$(patsubst %,tests/test_%.py,$(OPS_TESTS))
 
 test-end-to-end: env
-	$(BIN)/pytest -m "end_to_end and not long" --durations 15
+	$(PYTEST) -m "end_to_end and not long" --durations 15
 
 test-all: env
-	$(BIN)/pytest
+	$(PYTEST)
 
 wheel: $(VENV)/.torch
 	rm -rf build
