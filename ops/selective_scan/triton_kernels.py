@@ -14,8 +14,8 @@ position are contiguous.
 Backward computes the states again, and takes one order after the other: the gradients of dt, B and C are sums over
 channels, whose parts are in memory for one order at a time. The step size is a matrix product of any rank. Sums leave
 each program as partial sums in places of their own: no atomics, the same bits in every run. Element offsets are 64-bit
-from tile to tile, and 32-bit inside of one. Of six block sizes forward and eight backward
-that were tried on an H200, they are the fastest that spill no registers.
+from tile to tile, and 32-bit inside of one. The block sizes are the fastest that spill no registers, of six forward and
+eight backward that were tried on an H200.
 """
 
 import torch
