@@ -4,6 +4,7 @@ The interpreter and the compiler work without a GPU, in processes of their own: 
 `triton_compile_cases.py` say what they do.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -122,56 +123,27 @@ GROUPS = {
 """Group whose cases run an op."""
 
 
-class Groups:
-    """Processes that run groups of cases, by name of the group; each is started once and prints lines of JSON."""
-
-    def __init__(self):
-        self.processes, self.outputs = {}, {}
-
-    def start(self, group):
-        if group in self.processes:
-            return
-        interpreted = group in CHECKS
-        environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-        script = 'triton_interpreter_cases.py' if interpreted else 'triton_compile_cases.py'
-        self.processes[group] = subprocess.Popen(
-            [sys.executable, Path(__file__).parent / script, str(group)],
-            env=environment | ({'TRITON_INTERPRET': '1'} if interpreted else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def rows(self, group):
-        self.start(group)
-        if group not in self.outputs:
-            self.outputs[group] = self.processes[group].communicate()
-        output, error = self.outputs[group]
-        assert self.processes[group].returncode == 0, error
-        return [json.loads(line) for line in output.splitlines() if line.startswith('{')]
-
-    def stop(self):
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture(scope='session')
-def groups(request):
-    """Starts all groups that the selected tests ask for at once: they share the cores."""
-    groups = Groups()
-    for item in request.session.items:
-        parameters = getattr(item, 'callspec', None)
-        if item.path == Path(__file__) and parameters and 'group' in parameters.params:
-            groups.start(parameters.params['group'])
-    yield groups
-    groups.stop()
+@functools.cache
+def rows_of(group):
+    """Runs the cases of a group, once, in a process of their own, and returns the rows that it prints."""
+    interpreted = group in CHECKS
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    script = 'triton_interpreter_cases.py' if interpreted else 'triton_compile_cases.py'
+    process = subprocess.run(
+        [sys.executable, Path(__file__).parent / script, str(group)],
+        env=environment | ({'TRITON_INTERPRET': '1'} if interpreted else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{')]
 
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(('op', 'dtype'), TOLERANCES)
-def test_interpreted_parity(groups, op, dtype):
-    (result,) = groups.rows(GROUPS[op])
+def test_interpreted_parity(op, dtype):
+    (result,) = rows_of(GROUPS[op])
     maps, parameters = TOLERANCES[op, dtype]
     for name in (op, f'{op}_backward'):
         for output, error in result['errors'][f'{name} {dtype}'].items():
@@ -181,16 +153,17 @@ def test_interpreted_parity(groups, op, dtype):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(('group', 'check'), [(group, check) for group in CHECKS for check in CHECKS[group]])
-def test_interpreted_checks(groups, group, check):
-    (result,) = groups.rows(group)
+def test_interpreted_checks(group, check):
+    (result,) = rows_of(group)
     assert result['checks'].keys() == set(CHECKS[group])
     assert result['checks'][check]
 
 
-@pytest.mark.parametrize('group', [90, pytest.param(80, marks=pytest.mark.end_to_end)])
-def test_compiles_without_spills(groups, group):
-    """Compiles for a compute capability; a minute or two each, so that only one of them is a unit test."""
-    rows = groups.rows(group)
+@pytest.mark.end_to_end
+@pytest.mark.parametrize('group', [90, 80])
+def test_compiles_without_spills(group):
+    """Compiles every launch for a compute capability, which takes minutes; `test_kernel_report.py` compiles some."""
+    rows = rows_of(group)
     print(f'\n{"kernel":22} dtype rank warps registers spilled shared   (compute capability {group})')
     for row in rows:
         rank = row['constants'].get('RANK', '-')
