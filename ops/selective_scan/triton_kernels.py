@@ -167,12 +167,10 @@ def _ways(delta, CODE: tl.constexpr, ADJOINT: tl.constexpr, TILE: tl.constexpr):
     """
     steps = _as_grid(delta, TILE)
     total = tl.sum(steps, CODE // 2, keep_dims=True)
+    if ADJOINT:
+        return tl.cumsum(steps, CODE // 2, reverse=CODE % 2 == 1), total
     so_far = tl.cumsum(steps, CODE // 2)
-    if CODE % 2 == 0:
-        way = so_far if ADJOINT else total - so_far
-    else:
-        way = total - so_far + steps if ADJOINT else so_far - steps
-    return way, total
+    return total - so_far if CODE % 2 == 0 else so_far - steps, total
 
 
 @triton.jit(do_not_specialize=['N', 'H', 'W', 'rank', 'states', 'stride_dn', 'stride_Bn', 'orders_apart'])
@@ -195,7 +193,6 @@ def orders_carry_kernel(
     e = block * BLOCK_E + tl.arange(0, BLOCK_E)
     dt_ptr += n * stride_dn + at * stride_dt
     B_ptr += n * stride_Bn + at * stride_Bt
-    x = _load_map(x_ptr + first * E, t, e, inside, E)
     for k in tl.static_range(len(CODES)):
         delta = _step_sizes(
             dt_ptr + k * stride_dk, weight_ptr + k * rank * E, bias_ptr + k * E, t,
@@ -205,7 +202,8 @@ def orders_carry_kernel(
         place, exists, chunks = _chunks(n, row, column, H, W, CODES[k], TILE)
         for s in range(states):
             rate = _load_channels(A_ptr + (k * states + s) * E, e, E) * LOG2_E
-            b = x * _load_weights(B_ptr + k * stride_Bk + s, t, inside, stride_Bt)
+            b = _load_map(x_ptr + first * E, t, e, inside, E)
+            b *= _load_weights(B_ptr + k * stride_Bk + s, t, inside, stride_Bt)
             if not ADJOINT:
                 b *= delta
             end = tl.sum(_as_grid(b, TILE) * tl.exp2(way * rate[None, :, :]), CODES[k] // 2)
