@@ -212,9 +212,9 @@ def require_grad(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def relative_error(actual, expected):
-    """Largest difference over the largest expected value."""
-    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+def relative_error(actual, expected, scale=None):
+    """Largest difference over the largest expected value, or over ``scale``."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny) if scale is None else scale
     return ((actual.to(expected.dtype) - expected).abs().max() / scale).item()
 
 

@@ -42,7 +42,7 @@ FORWARD = (8, 16, 2)
 BACKWARD = (4, 16, 1)
 """The same in backward, which holds twice as much of each position: with tiles of 8 float32 would spill registers."""
 NUM_STAGES = 2
-"""Of the loop over components of dt; with the compiler's default of three the adjoint's carries spill a register."""
+"""Of the loop over components of dt; with three, the compiler's default, backward in float32 spills two registers."""
 BLOCK_R = 16
 """Components of dt in a product: the fewest that tensor cores take."""
 ALONG = ('columns', 'columns_backwards', 'rows', 'rows_backwards')
