@@ -91,13 +91,13 @@ def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
         raise NotImplementedError(f'{op}: forward-mode differentiation is not supported, use torch.autograd')
 
 
-def check_tensor(op: str, name: str, value: object, ndim: int) -> None:
-    """Raises unless ``value`` is a floating-point tensor of ``ndim`` dimensions."""
+def check_tensor(op: str, name: str, value: object, ndim: int | None = None) -> None:
+    """Raises unless ``value`` is a floating-point tensor of ``ndim`` dimensions, None for any number of them."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f'{op}: {name} must be a tensor, got {type(value).__name__}')
     if value.dtype not in DTYPES:
         raise TypeError(f'{op}: {name} must have one of the dtypes {_names(DTYPES)}, got {value.dtype}')
-    if value.ndim != ndim:
+    if ndim is not None and value.ndim != ndim:
         raise ValueError(f'{op}: {name} must have {ndim} dimensions, got shape {tuple(value.shape)}')
 
 

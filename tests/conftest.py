@@ -11,8 +11,6 @@ NEEDS = (
     ('test_no_bias_is_a_bias_of_zero', None, (2, 4), 'torch.library.opcheck'),
     ('test_mlp.py::test_compiles', None, (2, 2), 'dynamo of 2.1 does not know torch.promote_types'),
     ('test_ssm_layer.py::test_compiles', None, (2, 2), 'dynamo of 2.1 does not know torch.promote_types'),
-    ('test_layer_norm.py::test_compiles', None, (2, 2), 'dynamo of 2.1 does not know getattr with a default'),
-    ('test_layer_norm.py::test_the_compiler', None, (2, 2), 'dynamo of 2.1 does not know getattr with a default'),
     ('test_selective_scan.py::test_compiles', None, (2, 2), 'torch.compile with dynamic sizes'),
     ('test_selective_scan.py::test_an_exported_program', None, (2, 6), 'torch.export.Dim.DYNAMIC'),
     ('test_gelu.py::test_on_a_gpu', None, (2, 6), 'fake tensors of a GPU that is not there'),

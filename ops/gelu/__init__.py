@@ -27,7 +27,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
         CPU.
     """
     op = 'gelu'
-    check_tensor(op, 'x', x, getattr(x, 'ndim', 0))
+    check_tensor(op, 'x', x)
     refuse_forward_mode(op, x)
     return torch.ops.mmspatialmamba.gelu(x)
 

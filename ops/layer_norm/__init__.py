@@ -44,7 +44,7 @@ def layer_norm(
         double backward.
     """
     op = 'layer_norm'
-    check_tensor(op, 'x', x, getattr(x, 'ndim', 0))
+    check_tensor(op, 'x', x)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f'{op}: x must have at least two dimensions and one channel, got shape {tuple(x.shape)}')
     acc = accumulation_dtype(x.dtype)

@@ -51,7 +51,7 @@ def mlp(
         Source: arXiv 2410.15091, MLP of a Spatial-Mamba block.
     """
     op = 'mlp'
-    check_tensor(op, 'x', x, getattr(x, 'ndim', 0))
+    check_tensor(op, 'x', x)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f'{op}: x must have at least two dimensions and one channel, got shape {tuple(x.shape)}')
     d = x.shape[-1]
