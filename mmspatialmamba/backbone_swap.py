@@ -351,7 +351,7 @@ def _fit_neck(
         )
         part.neck = [resize, neck]
         return
-    if 'widen_factor' in neck:
+    if 'out_channels' in neck and _widened(neck) == former:
         _widen(part, neck, ours)
     dropped = len(former) - len(ours)
     _set_channels(neck, 'neck', former, ours)
@@ -364,11 +364,18 @@ def _fit_neck(
         part.bbox_head.in_channels = neck.out_channels
 
 
+def _widened(neck: ConfigDict) -> list[int] | None:
+    """Returns the channels of a neck's inputs if it states them as MMYOLO does, before its ``widen_factor``."""
+    if 'widen_factor' not in neck or not isinstance(neck.in_channels, Sequence):
+        return None
+    return [round(channels * neck.widen_factor) for channels in neck.in_channels]
+
+
 def _widen(part: ConfigDict, neck: ConfigDict, ours: list[int]) -> None:
     """Lets a neck of MMYOLO state the channels that it has, in place of those before its ``widen_factor``."""
     factor, stated, out = neck.widen_factor, neck.in_channels, neck.out_channels
+    neck.in_channels = _widened(neck)
     neck.widen_factor = 1
-    neck.in_channels = [round(channels * factor) for channels in stated]
     if out == stated:  # the layers of such a neck take both to be the same, so its outputs are as wide as our maps
         neck.out_channels = list(ours)
         module = part.bbox_head.head_module

@@ -392,6 +392,15 @@ def test_channels_before_the_widen_factor_of_mmyolo(factor, out, neck_out, head_
     assert model.bbox_head.head_module.in_channels == head_in
 
 
+@pytest.mark.parametrize('factor', [0.5, 1.0])
+def test_a_widen_factor_inside_of_a_neck_stays(factor):
+    """As in RTMO of MMPose, whose neck states the channels of its maps and no outputs."""
+    config = retinanet(type='ResNet')
+    stated = {'type': 'HybridEncoder', 'widen_factor': factor, 'hidden_dim': 256}
+    config.model.neck = {**stated, 'in_channels': [64, 128, 256, 512]}
+    assert swap_backbone(config, SMALL).model.neck == {**stated, 'in_channels': [8, 16, 32, 64]}
+
+
 def test_image_channels_stay():
     config = zoo('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
     config.model.backbone.in_channels = 4
