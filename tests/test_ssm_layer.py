@@ -155,8 +155,8 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(one, other)
 
 
-def test_backward_keeps_neither_norm():
-    """Of values a token: x, d; u and z before the convolution, 2E; u after it, E; dt, B and C, R + 2; y, E."""
+def test_backward_keeps_neither_u_nor_the_gated_norm():
+    """Of values a token: x and its norm, 2d, with two statistics; u and z, 2E; dt, B and C, R + 2; y, E."""
     channels, rank, tokens = 4, 2, 2 * 7 * 13
     arguments = require_grad(*layer_arguments((7, 13), channels, rank))
     kept = []
@@ -164,7 +164,7 @@ def test_backward_keeps_neither_norm():
         ssm_layer(*arguments)
     sizes = [x.numel() for x in kept if x.numel() >= tokens and x.ndim == 4]
     inner = 2 * channels
-    assert sum(sizes) == tokens * (channels + 2 * inner + inner + rank + 2 + inner)
+    assert sum(sizes) == tokens * (2 * channels + 2 + 2 * inner + rank + 2 + inner)
 
 
 def test_same_bits_in_every_run():

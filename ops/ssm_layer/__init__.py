@@ -70,10 +70,10 @@ def ssm_layer(
     Note:
         Autocast: as in linear layers the three products run in autocast's dtype where it is on, else in that of ``x``,
         and so do the maps between them; inside, each op computes as its own note says, and the first norm is PyTorch's,
-        whose CPU kernel sums the gradient of its weight in the dtype of ``x``. Backward keeps x, u and z before and u
-        after the convolution, and y; both norms are computed again, which layer by layer would be kept. Where no
-        parameter requires a gradient, backward computes that of ``x`` alone. Two runs give the same bits on the CPU;
-        on other devices PyTorch's own products and norms decide. No double backward.
+        whose CPU kernel sums the gradient of its weight in the dtype of ``x``. Backward keeps x and its norm, u and z
+        before the convolution, and y; u after the convolution and the gated norm are computed again, which layer by
+        layer would be kept. Where no parameter requires a gradient, backward computes that of ``x`` alone. Two runs
+        give the same bits on the CPU; on other devices PyTorch's own products and norms decide. No double backward.
 
         Source: arXiv 2410.15091, structure-aware state space model.
     """
@@ -119,10 +119,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 19
-    *inputs, scale, uz, u, steps, y = ctx.saved_tensors
+    *inputs, scale, norm, mean, inverse, uz, steps, y = ctx.saved_tensors
     parameters = any(ctx.needs_input_grad[1:])
     dx, *gradients = OPS.ssm_layer_backward(
-        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, scale, uz, u, steps, y, parameters
+        dout, *inputs[:3], ctx.eps, *inputs[3:], ctx.out_eps, scale, norm, mean, inverse, uz, steps, y, parameters
     )
     dnorm_weight, dnorm_bias, *gradients = gradients if parameters else [None] * len(gradients)
     return dx, dnorm_weight, dnorm_bias, None, *gradients, None, None, None
@@ -130,9 +130,10 @@ def _backward(ctx, dout, *_):
 
 def _fake(x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, *others):
     *_, keep = others
-    widths = (len(in_weight), len(conv_weight), len(x_weight), len(conv_weight))
+    widths = (x.shape[-1], 1, 1, len(in_weight), len(x_weight), len(conv_weight))
+    likes = (in_weight, norm_weight, norm_weight, *[in_weight] * 3)  # mean and deviation are as exact as the parameters
     shapes = [(*x.shape[:-1], width) if keep else (0,) for width in widths]
-    return x.new_empty(x.shape), *(in_weight.new_empty(shape) for shape in shapes)
+    return x.new_empty(x.shape), *(like.new_empty(shape) for like, shape in zip(likes, shapes))
 
 
 def _fake_backward(dout, x, norm_weight, norm_bias, eps, *others):
@@ -152,17 +153,19 @@ _SHAPES = (
     ' conv_bias: E, dt_weight: E R, dt_bias: E, A: E, D: E, taps: 25 E, out_norm_weight: E, out_norm_bias: E, scale?: N'
 )
 define(
-    f'ssm_layer({_PARAMETERS}, bool keep) -> (Tensor out, Tensor uz, Tensor u, Tensor steps, Tensor y)',
+    f'ssm_layer({_PARAMETERS}, bool keep)'
+    ' -> (Tensor out, Tensor norm, Tensor mean, Tensor inverse, Tensor uz, Tensor steps, Tensor y)',
     _SHAPES,
     ssm_layer_reference,
     _fake,
 )
 define(
-    f'ssm_layer_backward(Tensor dout, {_PARAMETERS}, Tensor uz, Tensor u, Tensor steps, Tensor y,'
-    ' bool parameters) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight, Tensor dx_weight,'
-    ' Tensor dout_weight, Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight, Tensor ddt_bias, Tensor dA,'
-    ' Tensor dD, Tensor dtaps, Tensor dout_norm_weight, Tensor dout_norm_bias)',
-    f'dout: N H W d, {_SHAPES}, uz: N H W 2E, u: N H W E, steps: N H W R+2, y: N H W E',
+    f'ssm_layer_backward(Tensor dout, {_PARAMETERS}, Tensor norm, Tensor mean, Tensor inverse, Tensor uz, Tensor steps,'
+    ' Tensor y, bool parameters) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor din_weight,'
+    ' Tensor dx_weight, Tensor dout_weight, Tensor dconv_weight, Tensor dconv_bias, Tensor ddt_weight,'
+    ' Tensor ddt_bias, Tensor dA, Tensor dD, Tensor dtaps, Tensor dout_norm_weight, Tensor dout_norm_bias)',
+    f'dout: N H W d, {_SHAPES}, norm: N H W d, mean: N H W 1, inverse: N H W 1, uz: N H W 2E, steps: N H W R+2,'
+    ' y: N H W E',
     ssm_layer_backward_reference,
     _fake_backward,
 )

@@ -22,14 +22,15 @@ def ssm_layer_reference(
             x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight,
             dt_bias, A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale,
         )  # fmt: skip
-        return out, *(in_weight.new_empty(0) for _ in range(4))
-    uz = OPS.layer_norm(x, norm_weight, norm_bias, eps, in_weight.dtype)[0] @ in_weight.T
+        return out, *(in_weight.new_empty(0) for _ in range(6))
+    norm, mean, inverse = OPS.layer_norm(x, norm_weight, norm_bias, eps, in_weight.dtype)
+    uz = norm @ in_weight.T
     before, z = uz.chunk(2, -1)
     u = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
     steps = u @ x_weight.T
     y = OPS.structure_aware_ssm(u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     branch = OPS.gated_norm(y, z, out_norm_weight, out_norm_bias, out_eps) @ out_weight.T
-    kept = (uz, u, steps, y)
+    kept = (norm, mean, inverse, uz, steps, y)
     return add_branch(x.contiguous(), branch, scale), *(kept if keep else [tensor.new_empty(0) for tensor in kept])
 
 
@@ -68,7 +69,7 @@ def _forward_in_parts(
 
 def ssm_layer_backward_reference(
     dout, x, norm_weight, norm_bias, eps, in_weight, x_weight, out_weight, conv_weight, conv_bias, dt_weight, dt_bias,
-    A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale, uz, u, steps, y, parameters,
+    A, D, taps, out_norm_weight, out_norm_bias, out_eps, scale, norm, mean, inverse, uz, steps, y, parameters,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Computes the gradients of `ssm_layer`; without ``parameters`` that of x."""
     d, (E, R) = x.shape[-1], dt_weight.shape
@@ -81,24 +82,25 @@ def ssm_layer_backward_reference(
     )
     dout_weight = dbranch.reshape(-1, d).T @ gated.view(-1, E) if parameters else none
     del gated, dbranch
+    u = OPS.depthwise_conv(before, conv_weight, conv_bias, *CONV_OPTIONS)
     du, ddt, dB, dC, *dcore = OPS.structure_aware_ssm_backward(dy, u, *_split(steps), dt_weight, dt_bias, A, D, taps)
     del dy
     dsteps = torch.cat((ddt, dB, dC), -1).view(-1, R + 2)
-    dx_weight = dsteps.T @ u.reshape(-1, E) if parameters else none
+    dx_weight = dsteps.T @ u.view(-1, E) if parameters else none
+    del u
     du.view(-1, E).addmm_(dsteps, x_weight)
     dbefore, dconv = OPS.depthwise_conv_backward(du, before, conv_weight, conv_bias, *CONV_OPTIONS)
     del du
 
-    norm, *statistics = OPS.layer_norm(x, norm_weight, norm_bias, eps, uz.dtype)
     dbefore, dz = dbefore.view(-1, E), dz.view(-1, E)
     din_weight = none
     if parameters:
-        norm = norm.view(-1, d)
+        norm = norm.reshape(-1, d)
         din_weight = torch.empty_like(in_weight)
         torch.mm(dbefore.T, norm, out=din_weight[:E])
         torch.mm(dz.T, norm, out=din_weight[E:])
     dnorm = (dbefore @ in_weight[:E]).addmm_(dz, in_weight[E:])
-    dx, dnorm = OPS.layer_norm_backward(dnorm.view(x.shape), x, *statistics, norm_weight, norm_bias)
+    dx, dnorm = OPS.layer_norm_backward(dnorm.view(x.shape), x, mean, inverse, norm_weight, norm_bias)
     dx.add_(dout)
     if not parameters:
         return dx, *(x.new_empty(0) for _ in range(14))
