@@ -99,6 +99,7 @@ def swap_backbone(
       SETR-MLA's neck, which adds maps of one stride, gets a ``MultiLevelNeck`` before it.
     - A two-stage detector without a neck (C4, DC5) gets a 1x1 ``ChannelMapper`` to the former channels as its neck, so
       that its shared head keeps its shape and its weights.
+    - Behind a neck of MMPose that selects maps or puts them together, the head states the channels that come of ours.
     - Necks of MMYOLO, which state channels before their ``widen_factor``, state those that they have.
     - Where object-contextual representations (OCR) took two maps of one stride, both heads take both of ours, resized.
     - The backbone inside the context path of BiSeNetV1 and STDC is swapped, the path stays.
@@ -243,7 +244,9 @@ def _swap(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
         own = None if path or neck else used
         _fit_segmentation_heads(part, maps, own, strides)
     elif 'in_channels' not in neck:
-        _fit_detection_heads(part, former, ours)
+        _fit_detection_heads(part, [former[i] for i in used], ours)
+    if neck.get('select_index') is not None:
+        neck.select_index = tuple(used.index(range(len(former))[i]) for i in _selected(neck))
 
 
 def _swap_in_classifier(part: ConfigDict, backbone: Backbone, swapped: ConfigDict) -> None:
@@ -320,9 +323,12 @@ def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
         return every
     if 'in_channels' in neck:
         return every[-1:] if isinstance(neck.in_channels, int) else every[neck.get('start_level', 0) :]
+    if neck.get('select_index') is not None:
+        return sorted(every[i] for i in _selected(neck))
     heads = [head for _, head in _heads(part) if 'in_channels' in head]
     if 'decode_head' not in part:
-        return every[-1:] if all(isinstance(head.in_channels, int) for head in heads) else every
+        one = all(isinstance(head.in_channels, int) and head.in_channels != sum(former) for head in heads)
+        return every[-1:] if one else every
     used = {0} if any(head.get('c1_in_channels') for head in heads) else set()
     for head in heads:
         if isinstance(head.in_channels, int):
@@ -330,6 +336,12 @@ def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
         else:
             used.update(every[i] for i in head.get('in_index', every))
     return sorted(used)
+
+
+def _selected(neck: ConfigDict) -> Sequence[int]:
+    """Returns which maps a ``FeatureMapProcessor`` of MMPose takes."""
+    index = neck.select_index
+    return (index,) if isinstance(index, int) else index
 
 
 def _fit_neck(
@@ -459,10 +471,12 @@ def _fit_detection_heads(part: ConfigDict, former: list[int], ours: list[int]) -
 
 
 def _set_channels(user: ConfigDict, key: str, former: list[int], ours: list[int]) -> None:
-    """Replaces the former channels in ``in_channels``: all of them, fine to coarse or coarse to fine, or the last."""
+    """Replaces the former channels in ``in_channels``: all of them in either order or as a sum, or the last."""
     stated = user.in_channels
     if isinstance(stated, int) and stated == former[-1]:
         user.in_channels = ours[-1]
+    elif isinstance(stated, int) and stated == sum(former):
+        user.in_channels = sum(ours)
     elif isinstance(stated, Sequence) and list(stated) == former:
         user.in_channels = type(stated)(ours)
     elif isinstance(stated, Sequence) and list(stated) == former[::-1]:

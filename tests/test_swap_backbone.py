@@ -392,6 +392,31 @@ def test_channels_before_the_widen_factor_of_mmyolo(factor, out, neck_out, head_
     assert model.bbox_head.head_module.in_channels == head_in
 
 
+def test_a_head_that_takes_all_maps_put_together():
+    """As in the pose estimators with HRNet of MMPose, whose neck puts its maps together."""
+    config = retinanet(type='ResNet')
+    config.model.neck = {'type': 'FeatureMapProcessor', 'concat': True}
+    config.model.bbox_head = {'in_channels': 64 + 128 + 256 + 512}
+    model = swap_backbone(config, SMALL).model
+    assert model.bbox_head.in_channels == 8 + 16 + 32 + 64
+    assert model.backbone.out_indices == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ('select', 'channels', 'stages', 'new_select', 'new_channels'),
+    [(3, 512, (3,), (0,), 64), (-2, 256, (2,), (0,), 32), ([2, 1], 384, (1, 2), (1, 0), 48)],
+)
+def test_maps_that_a_neck_selects(select, channels, stages, new_select, new_channels):
+    """As in the pose estimators with PVT of MMPose; maps that it leaves out are not returned."""
+    config = retinanet(type='ResNet')
+    config.model.neck = {'type': 'FeatureMapProcessor', 'select_index': select}
+    config.model.bbox_head = {'in_channels': channels}
+    model = swap_backbone(config, SMALL).model
+    assert model.backbone.out_indices == stages
+    assert model.neck.select_index == new_select
+    assert model.bbox_head.in_channels == new_channels
+
+
 @pytest.mark.parametrize('factor', [0.5, 1.0])
 def test_a_widen_factor_inside_of_a_neck_stays(factor):
     """As in RTMO of MMPose, whose neck states the channels of its maps and no outputs."""
