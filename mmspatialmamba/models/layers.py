@@ -134,10 +134,10 @@ class Stem(nn.Module):
         super().__init__()
         half = channels // 2
         self.reduce = ConvNorm(in_channels, half, 3, stride=2)
-        self.residual = nn.Sequential(ConvNorm(half, half, 3), nn.ReLU(inplace=True), ConvNorm(half, half, 3))
+        self.residual = nn.Sequential(ConvNorm(half, half, 3), nn.ReLU(), ConvNorm(half, half, 3))
         self.expand = ConvNorm(half, 4 * channels, 3, stride=2)
         self.project = ConvNorm(4 * channels, channels, 1)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps an image (N, in_channels, H, W) to (N, ceil(H/4), ceil(W/4), C)."""
