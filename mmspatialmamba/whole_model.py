@@ -23,7 +23,7 @@ class WholeModelOptimWrapperConstructor:
         paramwise_cfg: ``constructor``, the other's type, and what that one takes.
 
     Raises:
-        ValueError: ``constructor`` is missing.
+        ValueError: ``constructor`` is missing; when called, the other one made no group without weight decay.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -38,6 +38,11 @@ class WholeModelOptimWrapperConstructor:
         wrapper = self.former(model)
         groups = wrapper.optimizer.param_groups
         known = {id(parameter) for group in groups for parameter in group['params']}
-        group = next(group for group in groups if not group['weight_decay'])
-        group['params'] += [one for one in model.parameters() if one.requires_grad and id(one) not in known]
+        undecayed = next((group for group in groups if not group.get('weight_decay')), None)
+        if undecayed is None:
+            raise ValueError(
+                f'{type(self).__name__}: expected {type(self.former).__name__} to make a group without weight decay, '
+                f'got weight decays {[group["weight_decay"] for group in groups]}'
+            )
+        undecayed['params'] += [one for one in model.parameters() if one.requires_grad and id(one) not in known]
         return wrapper

@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
 from mmspatialmamba import swap_backbone
 from mmspatialmamba.backbone_swap import REFUSED
 from mmspatialmamba.normalization import MEAN, STD
+from mmspatialmamba.whole_model import WholeModelOptimWrapperConstructor
 
 sys.path.append(str(Path(__file__).parents[1] / 'tools'))
 import sweep_zoo
@@ -512,6 +513,14 @@ def test_every_parameter_is_trained_under_the_constructor_of_mmyolo(backbone):
     assert [group['weight_decay'] for group in groups] == [5e-4, 0, 0]
     trained = sorted(id(parameter) for group in groups for parameter in group['params'])
     assert trained == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_a_constructor_that_decays_all_is_refused():
+    config = {'type': 'OptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.01, 'weight_decay': 0.1}}
+    constructor = WholeModelOptimWrapperConstructor(config, {'constructor': 'DefaultOptimWrapperConstructor'})
+    message = r'expected DefaultOptimWrapperConstructor to make a group without weight decay, got .*\[0\.1\]'
+    with pytest.raises(ValueError, match=message):
+        constructor(torch.nn.Linear(2, 2))
 
 
 REFUSALS = {
