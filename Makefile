@@ -30,7 +30,7 @@ endif
 NUMPY ?= numpy<2.3
 SETUPTOOLS ?= setuptools>=77,<82
 OPS_TESTS := gradients direct_calls weights_only golden checkpoint spatial_mamba vmamba scan_states selective_scan \
-	state_fusion structure_aware_ssm depthwise_conv fusion_taps layer_norm gated_norm gelu mlp ssm_layer
+	state_fusion structure_aware_ssm depthwise_conv downsample fusion_taps layer_norm gated_norm gelu mlp ssm_layer
 
 .PHONY: env quickstart test test-ops test-end-to-end test-all wheel docs lint
 

@@ -6,6 +6,7 @@ Needs PyTorch only: a process that loads an exported program imports this, witho
 from . import flop_counter
 from .backends import Backend, backends, load_backends
 from .depthwise_conv import depthwise_conv
+from .downsample import downsample
 from .fusion_taps import fusion_taps
 from .gated_norm import gated_norm
 from .gelu import gelu
@@ -23,6 +24,6 @@ define_retired()
 flop_counter.register()
 
 __all__ = [
-    'Backend', 'backends', 'depthwise_conv', 'fusion_taps', 'gated_norm', 'gelu', 'layer_norm', 'mlp', 'scan_states',
-    'selective_scan', 'ssm_layer', 'state_fusion', 'structure_aware_ssm',
+    'Backend', 'backends', 'depthwise_conv', 'downsample', 'fusion_taps', 'gated_norm', 'gelu', 'layer_norm', 'mlp',
+    'scan_states', 'selective_scan', 'ssm_layer', 'state_fusion', 'structure_aware_ssm',
 ]  # fmt: skip

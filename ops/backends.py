@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 REQUIRE_VARIABLE = 'MMSPATIALMAMBA_REQUIRE'
-KERNELS = 3
+KERNELS = 4
 """Version of the C++ kernels, a part of their libraries' names; setup.py reads it here.
 
 It rises with the schema of an op: to load a library that was built for another schema would end the process.

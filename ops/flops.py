@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from .depthwise_conv.flops import depthwise_conv
+from .downsample.flops import downsample
 from .fusion_taps.flops import fusion_taps
 from .gated_norm.flops import gated_norm
 from .layer_norm.flops import layer_norm
@@ -36,6 +37,7 @@ from .structure_aware_ssm.flops import structure_aware_ssm
 
 MULTIPLY_ADDS: dict[str, Callable[[list[tuple[int, ...]], tuple[int, ...]], Counter]] = {
     'depthwise_conv': depthwise_conv,
+    'downsample': downsample,
     'fusion_taps': fusion_taps,
     'gated_norm': gated_norm,
     'layer_norm': layer_norm,

@@ -18,6 +18,7 @@ NEEDS = (
     ('test_mlp.py', torch.float16, (2, 2), 'products in float16 on a CPU'),
     ('test_ssm_layer.py', torch.float16, (2, 2), 'products in float16 on a CPU'),
     ('test_depthwise_conv.py', torch.float16, (2, 2), 'convolutions in float16 on a CPU'),
+    ('test_downsample.py', torch.float16, (2, 2), 'convolutions in float16 on a CPU'),
     ('test_gradients.py', torch.float16, (2, 2), 'products and convolutions in float16 on a CPU'),
 )
 

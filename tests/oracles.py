@@ -178,6 +178,21 @@ def mlp_arguments(tokens, channels=5, dtype=torch.float64, hidden=None, seed=5):
     return x, normal(channels), normal(channels), weight1, normal(hidden), weight2, normal(channels)
 
 
+def downsample_arguments(grid, channels=12, hidden=40, batch=2, dtype=torch.float64, seed=7):
+    """x, weight, bias, kernels and bias of `downsample`.
+
+    In 16 bits the biases are far from 0, as a rounding that passes the 0 of a ReLU is a gradient more or less.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, *grid, channels), (hidden, channels), (hidden,), (hidden, 1, 3, 3), (hidden,)]
+    x, weight, bias, conv_weight, conv_bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    if dtype.itemsize == 2:
+        bias, conv_bias = 8 * bias.sign(), 40 * conv_bias.sign()
+    return [tensor.to(dtype) for tensor in (x, weight * channels**-0.5, bias, conv_weight / 3, conv_bias)]
+
+
 def layer_arguments(grid, channels=4, rank=2, batch=2, dtype=torch.float64, seed=6):
     """The fifteen arguments of `ssm_layer`, whose inner width is twice ``channels``."""
     generator = torch.Generator().manual_seed(seed)

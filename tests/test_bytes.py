@@ -4,6 +4,8 @@ from math import prod
 
 import pytest
 import torch
+import torch.nn as nn
+from mmspatialmamba.ops.downsample.reference import downsample_backward_reference, downsample_reference
 from mmspatialmamba.ops.mlp.reference import mlp_backward_reference, mlp_reference
 from mmspatialmamba.ops.ssm_layer.reference import ssm_layer_backward_reference, ssm_layer_reference
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmspatialmamba.models.block import Block
 from mmspatialmamba.models.fused import FusedBlock, fuse
+from mmspatialmamba.models.layers import Downsample
 
 OPS = torch.ops.mmspatialmamba
 CHANNELS, GRID, BATCH = 128, (24, 32), 2
@@ -97,3 +100,26 @@ def test_a_pass_more_is_noticed():
     opened = {**REFERENCES['mlp'], OPS.mlp.default: wasteful}
     fused = traffic(fuse(Block(CHANNELS, 0.0)), FUSED['mlp'], 'float32', opened)
     assert fused[0] > layers[0] + SLACK
+
+
+DOWNSAMPLE = {
+    OPS.downsample.default: downsample_reference,
+    OPS.downsample_backward.default: downsample_backward_reference,
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_convolutions_of_a_downsample_move_no_more_than_the_layers(dtype):
+    """On other devices than the CPU, which has a part of the hidden channels at a time, in its cache."""
+    found = []
+    for model in (Downsample(CHANNELS), fuse(nn.Sequential(Block(8, 0.0), Downsample(CHANNELS)))[1]):
+        model.to('meta', dtype).project = nn.Identity()
+        x = torch.empty((BATCH, 400, 640, CHANNELS), dtype=dtype, device='meta', requires_grad=True)
+        with Traffic(DOWNSAMPLE) as forward:
+            out = model(x)
+        with Traffic(DOWNSAMPLE) as backward:
+            out.backward(torch.empty_like(out))
+        found.append((forward.bytes / x.numel(), backward.bytes / x.numel()))
+    layers, fused = found
+    for one, other in zip(fused, layers, strict=True):
+        assert one <= other + SLACK, (fused, layers)

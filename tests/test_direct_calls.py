@@ -43,6 +43,8 @@ def size(word, sizes):
         'R+2': sizes['R'] + 2,
         'H_out': -(-sizes['H'] // stride),
         'W_out': -(-sizes['W'] // stride),
+        'H/2': -(-sizes['H'] // 2),
+        'W/2': -(-sizes['W'] // 2),
     }
     return word if isinstance(word, int) else (sizes | derived)[word]
 

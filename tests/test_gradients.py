@@ -22,6 +22,7 @@ from mmspatialmamba.ops.state_fusion.reference import state_fusion_reference
 from mmspatialmamba.ops.structure_aware_ssm.reference import structure_aware_ssm_reference
 from oracles import (
     conv_arguments,
+    downsample_arguments,
     layer_arguments,
     mlp_arguments,
     norm_arguments,
@@ -98,6 +99,13 @@ CASES = {
     'depthwise_conv-residual': conv_case(residual=True),
     'depthwise_conv-silu': conv_case(activation='silu'),
     'depthwise_conv-relu-stride2': conv_case(stride=2, activation='relu', relu_input=True),
+    'downsample': (
+        ops.downsample,
+        lambda x, *others: depthwise_conv_reference(
+            torch.nn.functional.linear(x, *others[:2]), *others[2:], 2, 'relu', True, False
+        ),
+        lambda dtype: downsample_arguments(GRID, CHANNELS, dtype=dtype),
+    ),
     'gated_norm': (
         ops.gated_norm,
         lambda *tensors: gated_norm_reference(*tensors, 1e-5),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmspatialmamba.ops import (
     depthwise_conv,
+    downsample,
     fusion_taps,
     gated_norm,
     layer_norm,
@@ -22,6 +23,7 @@ from mmspatialmamba.ops import (
 )
 from oracles import (
     conv_arguments,
+    downsample_arguments,
     fusion_weights,
     layer_arguments,
     mlp_arguments,
@@ -202,6 +204,7 @@ def op_calls():
         ('state_fusion', state_fusion, (u, taps)),
         ('structure_aware_ssm', structure_aware_ssm, (u, *others, taps)),
         ('depthwise_conv', depthwise_conv, conv_arguments((4, 5))),
+        ('downsample', downsample, downsample_arguments((4, 5))),
         ('gated_norm', gated_norm, norm_arguments((4, 5))),
         ('layer_norm', layer_norm, norm_arguments((4, 5))[1:]),
         ('mlp', mlp, mlp_arguments(7)),

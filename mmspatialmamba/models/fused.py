@@ -1,4 +1,6 @@
-"""Spatial-Mamba with each branch of a block as one op: less time and memory, for who needs no layers inside.
+"""Spatial-Mamba with less time and memory, for who needs no layers inside.
+
+Each branch of a block is one op, and so are the wide convolutions of a downsample.
 
 A fused model has the parameters of the layered one, under the same names and in layers of the same classes: state
 dicts, optimizers and weight decay know no difference. What it reads without calling is *held*: such a layer can be
@@ -14,11 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model.utils import _BatchNormXd
 
-from ..ops import mlp, ssm_layer
+from ..ops import downsample, mlp, ssm_layer
 from ..ops.compat import sharded_tensor
 from ..ops.library import matmul_dtype
 from .block import Block
-from .layers import GELU, ConvNorm, LayerNorm
+from .layers import GELU, ConvNorm, Downsample, LayerNorm
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, _BatchNormXd)
 """BatchNorm as built, and what conversions to and from SyncBN make of it."""
@@ -78,7 +80,22 @@ class Held:
         return _new, (_original(self),), self.__dict__
 
 
-class FusedBlock(Block):
+class Holder(nn.Module):
+    """Mixin of modules that hold some of their layers, which nothing may replace."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(self._modules.get(name), Held):
+            _refuse(self._modules[name], 'replace')
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuses another module than the one that is there, where that is held."""
+        if isinstance(self._modules.get(name), Held) and self._modules[name] is not module:
+            _refuse(self._modules[name], 'replace')
+        super().add_module(name, module)
+
+
+class FusedBlock(Holder, Block):
     """Block whose two branches are the ops `mmspatialmamba.ops.ssm_layer` and `mmspatialmamba.ops.mlp`.
 
     The position encodings are layers as ever; `fuse` makes it of a `Block`.
@@ -111,16 +128,18 @@ class FusedBlock(Block):
             return None
         return self.drop_path.compute(x.new_ones(x.shape[0]))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(self._modules.get(name), Held):
-            _refuse(self._modules[name], 'replace')
-        super().__setattr__(name, value)
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Refuses another module than the one that is there, where that is held."""
-        if isinstance(self._modules.get(name), Held) and self._modules[name] is not module:
-            _refuse(self._modules[name], 'replace')
-        super().add_module(name, module)
+class FusedDownsample(Holder, Downsample):
+    """Downsample whose wide convolutions are the op `mmspatialmamba.ops.downsample`.
+
+    The projection after them is a layer as ever; `fuse` makes it of a `Downsample`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, H, W, d) to (N, ceil(H/2), ceil(W/2), 2d)."""
+        expand, conv = self.expand, self.dwconv
+        x = downsample(x, expand.weight.flatten(1), expand.bias, conv.weight, conv.bias)
+        return self.project(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class FusedConvNorm(ConvNorm):
@@ -155,13 +174,15 @@ class FusedConvNorm(ConvNorm):
         _hold(module, before._name)
 
 
-FUSED = {Block: FusedBlock, ConvNorm: FusedConvNorm}
-CALLED = ('cpe1', 'cpe2')
-"""Layers of a block that a fused one calls."""
+FUSED = {Block: FusedBlock, Downsample: FusedDownsample, ConvNorm: FusedConvNorm}
+CALLED = ('cpe1', 'cpe2', 'project')
+"""Layers of a block and of a downsample that a fused one calls."""
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Makes one op of each branch of each block, and of each convolution and BatchNorm in inference, in place.
+    """Makes one op of each branch of each block and of the wide convolutions of each downsample, in place.
+
+    In inference each convolution takes the BatchNorm after it into its weights.
 
     Parameters, their names and their values stay, so that it may be called before or after loading, before the
     optimizer is built or after, and at any place of a model; call it before `torch.compile` and export. Blocks that are
@@ -282,11 +303,18 @@ def _build_like(name: str, module: nn.Module) -> nn.Module:
     with torch.device('meta'):
         if isinstance(module, Block):
             return Block(module.channels, 0.0)
-        conv = module.conv
-        if type(conv) is not nn.Conv2d:
-            raise ValueError(f'fuse: {name}.conv must be a Conv2d, got {type(conv).__name__}')
+        if isinstance(module, Downsample):
+            return Downsample(_conv(name, module, 'expand').in_channels)
+        conv = _conv(name, module, 'conv')
         (side, *_), (stride, *_) = conv.kernel_size, conv.stride
         return ConvNorm(conv.in_channels, conv.out_channels, side, stride, conv.bias is not None)
+
+
+def _conv(name: str, module: nn.Module, path: str) -> nn.Conv2d:
+    conv = getattr(module, path)
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f'fuse: {name}.{path} must be a Conv2d, got {type(conv).__name__}')
+    return conv
 
 
 def _options(layer: nn.Module) -> dict[str, object]:
@@ -296,7 +324,8 @@ def _options(layer: nn.Module) -> dict[str, object]:
 
 
 def _kinds(kinds) -> str:
-    return ' or '.join(kind.__name__ for kind in kinds)
+    *names, last = (kind.__name__ for kind in kinds)
+    return f'{", ".join(names)} or {last}' if names else last
 
 
 def _describe(tensor: torch.Tensor | None) -> str:
