@@ -327,8 +327,8 @@ def _used_maps(part: ConfigDict, former: list[int]) -> list[int]:
         return sorted(every[i] for i in _selected(neck))
     heads = [head for _, head in _heads(part) if 'in_channels' in head]
     if 'decode_head' not in part:
-        one = all(isinstance(head.in_channels, int) and head.in_channels != sum(former) for head in heads)
-        return every[-1:] if one else every
+        last = all(isinstance(head.in_channels, int) and head.in_channels != sum(former) for head in heads)
+        return every[-1:] if last else every
     used = {0} if any(head.get('c1_in_channels') for head in heads) else set()
     for head in heads:
         if isinstance(head.in_channels, int):
@@ -364,7 +364,7 @@ def _fit_neck(
         part.neck = [resize, neck]
         return
     if 'out_channels' in neck and _widened(neck) == former:
-        _widen(part, neck, ours)
+        _widen(part, neck, former, ours)
     dropped = len(former) - len(ours)
     _set_channels(neck, 'neck', former, ours)
     if dropped and 'start_level' in neck:
@@ -383,10 +383,10 @@ def _widened(neck: ConfigDict) -> list[int] | None:
     return [round(channels * neck.widen_factor) for channels in neck.in_channels]
 
 
-def _widen(part: ConfigDict, neck: ConfigDict, ours: list[int]) -> None:
+def _widen(part: ConfigDict, neck: ConfigDict, former: list[int], ours: list[int]) -> None:
     """Lets a neck of MMYOLO state the channels that it has, in place of those before its ``widen_factor``."""
     factor, stated, out = neck.widen_factor, neck.in_channels, neck.out_channels
-    neck.in_channels = _widened(neck)
+    neck.in_channels = former
     neck.widen_factor = 1
     if out == stated:  # the layers of such a neck take both to be the same, so its outputs are as wide as our maps
         neck.out_channels = list(ours)

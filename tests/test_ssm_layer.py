@@ -156,7 +156,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_backward_keeps_neither_u_nor_the_gated_norm():
-    """Of values a token: x and its norm, 2d, with two statistics; u and z, 2E; dt, B and C, R + 2; y, E."""
+    """Values per token: 2d for x and its norm, two statistics, 2E for u and z, R + 2 for dt, B and C, E for y."""
     channels, rank, tokens = 4, 2, 2 * 7 * 13
     arguments = require_grad(*layer_arguments((7, 13), channels, rank))
     kept = []

@@ -26,8 +26,8 @@ class SpatialMamba(Backbone):
 
     Args:
         arch: As in `Backbone`.
-        fused: Whether `mmspatialmamba.fuse` makes one op of each branch of a block: less time and memory, but layers
-            inside can be neither hooked nor replaced.
+        fused: Whether `mmspatialmamba.fuse` makes one op of each branch of a block and of the wide convolutions of a
+            downsample: less time and memory, but layers inside can be neither hooked nor replaced.
         arguments: Those of `Backbone`.
     """
 

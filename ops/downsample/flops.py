@@ -7,7 +7,7 @@ from ..depthwise_conv.flops import depthwise_conv
 
 
 def downsample(inputs: list[tuple[int, ...]], output: tuple[int, ...]) -> Counter:
-    """Counts `mmspatialmamba.ops.downsample`, its product and its convolution, from the shapes of inputs and output."""
+    """Counts `mmspatialmamba.ops.downsample`, its two convolutions; the shapes are those of its inputs and output."""
     x, weight, _, conv_weight, _ = inputs
     wide = (*x[:-1], weight[0])
-    return Counter(linear=prod(wide) * x[-1]) + depthwise_conv([wide, conv_weight], output)
+    return Counter(conv=prod(wide) * x[-1]) + depthwise_conv([wide, conv_weight], output)

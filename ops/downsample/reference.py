@@ -1,4 +1,4 @@
-"""The wide convolutions of a downsample and their gradients from the depthwise convolution and PyTorch's products."""
+"""The wide convolutions of a downsample and their gradients from `depthwise_conv` and PyTorch's 1x1 convolution."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ STRIDE = 2
 CONV_OPTIONS = (STRIDE, 'relu', True, False)
 
 VALUES_AT_ONCE = 2**20
-"""Hidden values of a part, on a CPU: few enough to stay in the cache, and enough channels for the products."""
+"""Hidden values of a part, on a CPU: few enough to stay in the cache."""
 FEWEST_CHANNELS = 64
-"""Hidden channels of a part of a large map, below which the products become slow."""
+"""Hidden channels of a part of a large map, below which the 1x1 convolution becomes slow."""
 
 
 def keeps_hidden(x: torch.Tensor) -> bool:
