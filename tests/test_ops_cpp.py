@@ -332,6 +332,17 @@ def test_same_bits_for_every_run_and_number_of_threads(dtype):
             assert torch.equal(outputs[0], output)
 
 
+@pytest.mark.parametrize('case', range(len(all_cases())), ids=[str(forward) for forward, *_ in all_cases()])
+def test_results_are_whole_tensors_with_room_behind_them(case):
+    """No views, which PyTorch would not let anyone change in place."""
+    forward, _, arguments = all_cases()[case]
+    result = forward(*arguments)
+    assert not result._is_view()
+    assert result.is_contiguous()
+    assert result.storage_offset() == 0
+    assert result.untyped_storage().nbytes() >= result.numel() * result.element_size() + 240
+
+
 def test_empty_batch():
     for output in all_outputs(all_cases(batch=0, grid=(4, 5), channels=6)):
         assert output.numel() == 0 or not output.any()

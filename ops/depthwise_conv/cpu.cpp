@@ -7,6 +7,7 @@
 // memory in place of registers, and backward takes two to three times as long.
 #include "../csrc/blocks.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>
@@ -395,7 +396,7 @@ at::Tensor depthwise_conv(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t stride,
     c10::string_view activation, bool relu_input, bool residual) {
   check_inputs(x, weight, bias, stride, residual);
-  at::Tensor y = at::empty(output_sizes(x, stride), x.options());
+  at::Tensor y = empty_result(output_sizes(x, stride), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv", [&] {
     const ConvInputs<scalar_t> inputs(x, weight, bias, stride, activation, relu_input, residual);
     const auto& p = inputs.problem;

@@ -1,6 +1,7 @@
 // gated_norm: LayerNorm of each token times SiLU of a gate; and its gradients.
 #include "../csrc/blocks.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/cpu/vec/functional.h>
@@ -148,7 +149,7 @@ at::Tensor gated_norm(
     const at::Tensor& y, const at::Tensor& z, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   check_inputs(y, z, weight, bias);
   const at::Tensor y_ = y.contiguous(), z_ = evenly_spaced(z), weight_ = weight.contiguous(), bias_ = bias.contiguous();
-  at::Tensor out = at::empty(y.sizes(), y.options());
+  at::Tensor out = empty_result(y.sizes(), y.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "gated_norm", [&] {
     const auto p = norm_problem<scalar_t>(y_, z_, weight_, bias_, eps);
     scalar_t* data = out.mutable_data_ptr<scalar_t>();

@@ -1,6 +1,7 @@
 // gelu and its gradient, one pass each.
 #include "../csrc/blocks.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "../csrc/normal.h"
 
 #include <ATen/Dispatch.h>
@@ -24,7 +25,7 @@ void parallel_vectors(int64_t values, const Work& work) {
 
 at::Tensor gelu(const at::Tensor& x) {
   const at::Tensor x_ = x.contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
+  at::Tensor out = empty_result(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "gelu", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const scalar_t* in = x_.const_data_ptr<scalar_t>();

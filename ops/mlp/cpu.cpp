@@ -1,6 +1,7 @@
 // mlp: a token plus its MLP branch (LayerNorm, linear layer, GELU, linear layer), some tokens at a time; its gradients.
 #include "../csrc/blocks.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "../csrc/normal.h"
 
 #include <ATen/Dispatch.h>
@@ -130,7 +131,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> mlp(
   check_tensor("bias2", bias2, {d}, weight1.scalar_type());
   const at::Tensor bias1_ = bias1.contiguous(), weight1_t = weight1.t(), weight2_t = weight2.t();
   const int64_t part = std::min(tokens, TOKENS_AT_ONCE);
-  at::Tensor out = at::empty({tokens, d}, x.options());
+  at::Tensor out = empty_result({tokens, d}, x.options());
   at::Tensor branch = at::empty({part, d}, weight1.options());
   at::Tensor values = at::empty({part, F}, weight1.options());
   at::Tensor hidden = at::empty({keep ? tokens : 0, F}, weight1.options());

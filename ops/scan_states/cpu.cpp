@@ -1,6 +1,7 @@
 // scan_states: the linear recurrence of each channel over the tokens, and its gradients.
 #include "../csrc/channel_sums.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "scan.h"
 #include "step_size.h"
 
@@ -177,7 +178,8 @@ struct ScanInputs {
 
 at::Tensor scan_states(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B) {
   const ScanInputs inputs(u, delta, A, B);
-  at::Tensor h = at::empty(u.sizes(), u.options());
+  at::Tensor h = empty_result(u.sizes(), u.options());
+  map_pages(h);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "scan_states", [&] {
     const auto p = inputs.problem<scalar_t>();
     scalar_t* out = h.mutable_data_ptr<scalar_t>();
@@ -197,7 +199,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_states_backward(
   check_tensor("dh", dh, u.sizes(), u.scalar_type());
   const at::Tensor dh_contiguous = dh.contiguous();
   at::Tensor du = at::empty(u.sizes(), u.options());
+  map_pages(du);
   at::Tensor ddelta = at::empty(u.sizes(), u.options());
+  map_pages(ddelta);
   at::Tensor dA = at::empty({u.size(0), u.size(2)}, A.options());
   at::Tensor dB = at::empty(B.sizes(), u.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "scan_states_backward", [&] {

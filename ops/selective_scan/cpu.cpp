@@ -5,6 +5,7 @@
 // order after the other; the sum over orders stays in the accumulation type, (L, LANES), until the last.
 #include "../csrc/channel_sums.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "../scan_states/step_size.h"
 #include "orders.h"
 
@@ -486,7 +487,8 @@ at::Tensor selective_scan(
     const at::Tensor& u, const at::Tensor& dt, const at::Tensor& B, const at::Tensor& C, const at::Tensor& dt_weight,
     const at::Tensor& dt_bias, const at::Tensor& A, const at::Tensor& D, at::IntArrayRef orders) {
   const Inputs inputs(u, dt, B, C, dt_weight, dt_bias, A, D, orders);
-  at::Tensor y = at::empty(u.sizes(), u.options());
+  at::Tensor y = empty_result(u.sizes(), u.options());
+  map_pages(y);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "selective_scan", [&] {
     const auto p = inputs.problem<scalar_t>();
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
@@ -516,6 +518,7 @@ EightTensors selective_scan_backward(
   const at::Tensor dy_contiguous = dy.contiguous();
   const int64_t N = u.size(0), E = u.size(3), K = dt.size(3), R = dt.size(4), S = B.size(4);
   at::Tensor du = at::empty(u.sizes(), u.options());
+  map_pages(du);
   at::Tensor ddt = at::empty(dt.sizes(), u.options());
   at::Tensor dB = at::empty(B.sizes(), u.options());
   at::Tensor dC = at::empty(C.sizes(), u.options());

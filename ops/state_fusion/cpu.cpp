@@ -1,5 +1,6 @@
 // state_fusion: the weighted sum of 25 neighbours on the grid, and its gradients.
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "fusion.h"
 
 #include <ATen/Dispatch.h>
@@ -163,7 +164,8 @@ FusionProblem<scalar_t> fusion_problem(const at::Tensor& h, const at::Tensor& ta
 at::Tensor state_fusion(const at::Tensor& h, const at::Tensor& taps) {
   check_inputs(h, taps);
   const at::Tensor h_contiguous = h.contiguous(), taps_contiguous = taps.contiguous();
-  at::Tensor g = at::empty(h.sizes(), h.options());
+  at::Tensor g = empty_result(h.sizes(), h.options());
+  map_pages(g);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion", [&] {
     const auto p = fusion_problem<scalar_t>(h_contiguous, taps_contiguous);
     scalar_t* out = g.mutable_data_ptr<scalar_t>();
@@ -183,6 +185,7 @@ std::tuple<at::Tensor, at::Tensor> state_fusion_backward(
   check_tensor("dg", dg, h.sizes(), h.scalar_type());
   const at::Tensor dg_contiguous = dg.contiguous(), h_contiguous = h.contiguous(), taps_contiguous = taps.contiguous();
   at::Tensor dh = at::empty(h.sizes(), h.options());
+  map_pages(dh);
   at::Tensor dtaps = at::empty({h.size(0), TAPS, h.size(3)}, taps.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, h.scalar_type(), "state_fusion_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;

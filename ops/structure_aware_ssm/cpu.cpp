@@ -4,6 +4,7 @@
 // second-level cache; as soon as the five rows below a row are there, its fusion and its observation are computed.
 #include "../csrc/channel_sums.h"
 #include "../csrc/checks.h"
+#include "../csrc/memory.h"
 #include "../state_fusion/fusion.h"
 #include "../scan_states/scan.h"
 #include "../scan_states/step_size.h"
@@ -339,7 +340,8 @@ at::Tensor structure_aware_ssm(
     const at::Tensor& u, const at::Tensor& dt, const at::Tensor& B, const at::Tensor& C, const at::Tensor& dt_weight,
     const at::Tensor& dt_bias, const at::Tensor& A, const at::Tensor& D, const at::Tensor& taps) {
   const Inputs inputs(u, dt, B, C, dt_weight, dt_bias, A, D, taps);
-  at::Tensor y = at::empty(u.sizes(), u.options());
+  at::Tensor y = empty_result(u.sizes(), u.options());
+  map_pages(y);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "structure_aware_ssm", [&] {
     const auto p = inputs.problem<scalar_t>();
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
@@ -366,6 +368,7 @@ NineTensors structure_aware_ssm_backward(
   const at::Tensor dy_contiguous = dy.contiguous();
   const int64_t N = u.size(0), H = u.size(1), W = u.size(2), E = u.size(3), R = dt.size(3);
   at::Tensor du = at::empty(u.sizes(), u.options());
+  map_pages(du);
   at::Tensor ddt = at::empty(dt.sizes(), u.options());
   at::Tensor dB = at::empty(B.sizes(), u.options());
   at::Tensor dC = at::empty(C.sizes(), u.options());
